@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""Send tasks to a RabbitMQ work queue, for worker.py to do.
+
+    new_task.py First message.      one task, a second of work for every dot
+    new_task.py                     sends Hello World!
+    new_task.py - < tasks.txt       a task for every line of standard input
+    new_task.py -- --dry-run.       a task that begins with a dash
+
+A task is called sent once the broker has confirmed that it keeps it. If not every
+task could be confirmed, the exit status is 1 and standard error says how many were.
+"""
+
+import argparse
+import collections
+import functools
+import os
+import re
+import reprlib
+import sys
+import threading
+import time
+
+import pika
+from pika.adapters.select_connection import IOLoop
+
+DEFAULT_URL = "amqp://guest:guest@localhost:5672/%2F"
+WINDOW = 1000  # tasks of up to 10 kB that may wait for their confirmation at one time
+RECONNECT_FOR = 30  # seconds to try for, when a connection that worked is lost
+BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk
+
+HINTS = {  # words of an error: what to do about it
+    "refused]": "is RabbitMQ running there? To start one: docker compose up -d --wait",
+    "AuthenticationError": "check user and password in the URL",
+    "AccessDeniedError": "check the virtual host in the URL",
+    "IncompatibleProtocolError": "is that an AMQP port? A TLS port needs amqps://",
+    "CERTIFICATE": "name its CA in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
+    "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
+}
+
+SHORTENED = reprlib.Repr()
+SHORTENED.maxstring = 200  # characters
+
+
+class Producer:
+    """Publishes tasks without waiting for one confirmation before the next task.
+
+    The methods are the tutorial's steps in the tutorial's order; pika calls each one
+    when the broker has answered the one before.
+    """
+
+    def __init__(self, nodes, queue, tasks):
+        """Prepare to send tasks, an iterable of (line number, body), to a queue."""
+        self.nodes = nodes
+        self.queue = queue
+        self.tasks = tasks
+        self.loop = IOLoop()
+        self.channel = None  # open, the queue declared: ready to publish
+        self.refusal = None  # why the broker would not declare the queue as we asked
+        self.deadline = 0  # time.monotonic() at which to stop reconnecting
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.window = threading.Semaphore(WINDOW)
+        self.all_read = False
+        self.unconfirmed = collections.deque()  # (line number, body), oldest first
+        self.first_tag = 1  # delivery tag of the oldest
+        self.answers = {}  # delivery tag: whether the broker accepted the task
+        self.confirmed = 0
+        self.confirmed_line = 0
+
+    def run(self):
+        """Return when every task is confirmed, exit the program if that can't be."""
+        self.connect()
+        self.loop.start()
+
+    def connect(self):
+        pika.SelectConnection.create_connection(
+            self.nodes, on_done=self.on_connected, custom_ioloop=self.loop
+        )
+
+    def on_connected(self, result):
+        if isinstance(result, Exception):
+            self.on_connection_closed(None, result.exceptions[-1])
+        else:
+            self.connection = result
+            self.connection.add_on_close_callback(self.on_connection_closed)
+            self.connection.channel(on_open_callback=self.on_channel_open)
+
+    def on_channel_open(self, channel):
+        channel.add_on_close_callback(self.on_channel_closed)
+        channel.add_on_return_callback(self.on_returned)
+        channel.confirm_delivery(self.on_confirmed)
+        channel.queue_declare(
+            self.queue,
+            durable=True,
+            passive=bool(self.refusal),
+            callback=lambda _: self.on_queue_declared(channel),
+        )
+
+    def on_queue_declared(self, channel):
+        self.channel, self.refusal = channel, None
+        self.first_tag = 1
+        self.answers.clear()
+        for _, body in self.unconfirmed:  # of a connection that was lost
+            self.publish(body)
+        if not self.unconfirmed:
+            self.deadline = None
+        if not self.reader.ident:
+            self.reader.start()
+
+    def read(self):
+        # In a thread of its own: a read may block for minutes, heartbeats must not.
+        try:
+            for line, body in self.tasks:
+                for _ in range(permits(body)):
+                    self.window.acquire()
+                self.loop.add_callback_threadsafe(functools.partial(self.on_task, line, body))
+            at_end = self.on_all_read
+        except OSError as error:
+            at_end = functools.partial(self.give_up, f"Can't read standard input: {error}")
+        self.loop.add_callback_threadsafe(at_end)
+
+    def on_task(self, line, body):
+        self.unconfirmed.append((line, body))
+        if self.channel:
+            self.publish(body)
+
+    def publish(self, body):
+        self.channel.basic_publish(
+            exchange="",
+            routing_key=self.queue,
+            body=body,
+            properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
+            mandatory=True,
+        )
+
+    def on_confirmed(self, frame):
+        tag, multiple = frame.method.delivery_tag, frame.method.multiple
+        for answered in range(self.first_tag, tag + 1) if multiple else (tag,):
+            self.answers.setdefault(answered, isinstance(frame.method, pika.spec.Basic.Ack))
+        while self.first_tag in self.answers:  # in the order of the tasks
+            if not self.answers.pop(self.first_tag):
+                self.give_up("The broker refused a task: the queue is full")
+            self.first_tag += 1
+            self.confirmed_line, body = self.unconfirmed.popleft()
+            self.confirmed += 1
+            self.deadline = None
+            self.window.release(permits(body))
+            say(f" [x] Sent {shown(body)}")
+        self.close_when_done()
+
+    def on_all_read(self):
+        self.all_read = True
+        self.close_when_done()
+
+    def close_when_done(self):
+        if self.all_read and not self.unconfirmed and self.channel and self.channel.is_open:
+            self.connection.close()
+
+    def on_returned(self, *_):
+        self.give_up(f"There is no queue {self.queue!r} any more")
+
+    def on_channel_closed(self, _channel, reason):
+        if not isinstance(reason, pika.exceptions.ChannelClosedByBroker):
+            return  # its connection was closed
+        undeclared = not self.channel and not self.refusal and "'durable'" not in reason.reply_text
+        if undeclared and reason.reply_code in (403, 406):
+            # The queue may be there with other properties, or not be this user's to
+            # declare. If it is there, it will do.
+            self.refusal = reason
+            self.connection.channel(on_open_callback=self.on_channel_open)
+        else:
+            self.give_up(explain(self.refusal or reason))
+
+    def on_connection_closed(self, _connection, reason):
+        self.channel = self.refusal = None
+        if self.all_read and not self.unconfirmed:
+            self.loop.stop()
+        elif isinstance(reason, pika.exceptions.ConnectionBlockedTimeout):
+            self.give_up("The broker takes no messages: it is short of memory or disk space")
+        else:
+            if self.deadline is None:
+                self.deadline = time.monotonic() + RECONNECT_FOR
+                complain(f"Connection lost: {explain(reason)}; trying again")
+            if time.monotonic() > self.deadline:
+                where = ", ".join(f"{node.host}:{node.port}" for node in self.nodes)
+                self.give_up(f"No connection to {where}: {explain(reason)}")
+            self.loop.call_later(1, self.connect)
+
+    def give_up(self, reason, status=1):
+        rest = f", send the rest from line {self.confirmed_line + 1} on" if self.confirmed else ""
+        complain(f"{reason}; tasks confirmed: {self.confirmed}{rest}")
+        sys.exit(status)
+
+
+def permits(body):
+    """Return a body's share of WINDOW, so that large tasks don't fill the memory."""
+    return min(WINDOW, 1 + len(body) // 10_000)
+
+
+def shown(body):
+    """Return a body as text that is safe on a terminal: escaped, and not endless."""
+    return SHORTENED.repr(body.decode(errors="surrogateescape"))
+
+
+def say(line):
+    try:
+        print(line)
+    except OSError as error:
+        # Python would try once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # the end of `| head` is no error
+            complain(f"Can't write to standard output: {error}")
+        sys.exit(1)
+
+
+def complain(text):
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    print(f" [!] {text}", file=sys.stderr)
+
+
+def explain(error):
+    """Return the error that pika has wrapped in others, on one line, with a hint."""
+    while inner := getattr(error, "exception", None):
+        error = inner
+    text = f"{type(error).__name__}: {getattr(error, 'reply_text', error)}"
+    hints = [hint for words, hint in HINTS.items() if words in text]
+    return "; ".join([text, *hints])
+
+
+def nodes_of(urls):
+    """Parse comma-separated AMQP URLs into a list of pika's connection parameters."""
+    nodes = []
+    for url in re.split(",(?=amqps?://)", urls):
+        try:
+            if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
+                raise ValueError
+            nodes.append(pika.URLParameters(url))
+            nodes[-1].host.encode("idna")
+        except Exception:
+            # Whatever pika stumbled on. Its message may quote a password, so it is not shown.
+            raise argparse.ArgumentTypeError(
+                "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, special characters as in %40"
+            ) from None
+        if nodes[-1].blocked_connection_timeout is None:
+            nodes[-1].blocked_connection_timeout = BLOCKED_FOR
+    return nodes
+
+
+def queue_name(text):
+    if not 0 < len(text.encode()) < 256 or not text.isprintable():
+        raise ValueError
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "-u",
+        "--url",
+        type=nodes_of,
+        default=os.environ.get("AMQP_URL") or DEFAULT_URL,
+        help="AMQP URL, or several with commas between them, tried in order "
+        "(default: the environment variable AMQP_URL, or else the broker on this machine)",
+    )
+    parser.add_argument(
+        "-q", "--queue", type=queue_name, default="task_queue", help="default: task_queue"
+    )
+    parser.add_argument(
+        "words",
+        metavar="TASK",
+        nargs=argparse.REMAINDER,
+        help="the words of the task, or - alone for standard input",
+    )
+    options = parser.parse_args()
+    if options.words[:1] == ["--"]:  # the end of the options; argparse leaves it in
+        del options.words[0]
+    return options
+
+
+def tasks_of(words):
+    """Yield (line number, body) for each task."""
+    if words == ["-"]:
+        with open(0, "rb", closefd=False) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line.removesuffix(b"\n")
+    else:
+        yield 1, os.fsencode(" ".join(words)) if words else b"Hello World!"
+
+
+def main():
+    options = parse_arguments()
+    if sys.stdout:
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    producer = Producer(options.url, options.queue, tasks_of(options.words))
+    try:
+        producer.run()
+    except KeyboardInterrupt:
+        producer.give_up("Interrupted", status=130)
+
+
+if __name__ == "__main__":
+    main()
