@@ -29,7 +29,7 @@ RECONNECT_FOR = 30  # seconds to try for, when a connection that worked is lost
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk
 
 HINTS = {  # words of an error: what to do about it
-    "refused]": "is RabbitMQ running there? To start one: docker compose up -d --wait",
+    "Connection refused": "is RabbitMQ running there? To start one: docker compose up -d --wait",
     "AuthenticationError": "check user and password in the URL",
     "AccessDeniedError": "check the virtual host in the URL",
     "IncompatibleProtocolError": "is that an AMQP port? A TLS port needs amqps://",
@@ -138,7 +138,7 @@ class Producer:
             self.answers.setdefault(answered, isinstance(frame.method, pika.spec.Basic.Ack))
         while self.first_tag in self.answers:  # in the order of the tasks
             if not self.answers.pop(self.first_tag):
-                self.give_up("The broker refused a task: the queue is full")
+                self.give_up("The broker refused a task: is its queue full?")
             self.first_tag += 1
             self.confirmed_line, body = self.unconfirmed.popleft()
             self.confirmed += 1
@@ -152,8 +152,11 @@ class Producer:
         self.close_when_done()
 
     def close_when_done(self):
-        if self.all_read and not self.unconfirmed and self.channel and self.channel.is_open:
-            self.connection.close()
+        if self.all_read and not self.unconfirmed:
+            if self.connection.is_open:
+                self.connection.close()
+            else:
+                self.loop.stop()
 
     def on_returned(self, *_):
         self.give_up(f"There is no queue {self.queue!r} any more")
@@ -221,9 +224,8 @@ def explain(error):
     """Return the error that pika has wrapped in others, on one line, with a hint."""
     while inner := getattr(error, "exception", None):
         error = inner
-    text = f"{type(error).__name__}: {getattr(error, 'reply_text', error)}"
-    hints = [hint for words, hint in HINTS.items() if words in text]
-    return "; ".join([text, *hints])
+    text = getattr(error, "reply_text", None) or f"{type(error).__name__}: {error}"
+    return "; ".join([text, *(hint for words, hint in HINTS.items() if words in text)])
 
 
 def nodes_of(urls):
@@ -257,7 +259,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "-u",
         "--url",
@@ -278,6 +284,8 @@ def parse_arguments():
     options = parser.parse_args()
     if options.words[:1] == ["--"]:  # the end of the options; argparse leaves it in
         del options.words[0]
+    if options.words == ["-"] and not sys.stdin:
+        parser.error("standard input is closed")
     return options
 
 
