@@ -1,0 +1,14 @@
+#!/bin/sh
+# What the tests and the demo need, on a bare Debian or Ubuntu: RabbitMQ's server, and Python
+# packages in .venv. What is there already is left as it is.
+set -eu
+cd "$(dirname "$0")/.."
+
+if ! [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || ! python3 -c 'import ensurepip'; then
+    as_root=$([ "$(id -u)" = 0 ] || echo sudo)
+    $as_root apt-get update
+    $as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y --no-install-recommends rabbitmq-server python3-venv
+fi
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --requirement tests/requirements.txt
