@@ -196,6 +196,7 @@ def prefetch_count(text):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        message = re.sub("//.*@", "//...@", message)  # a password, if --url is misspelt
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

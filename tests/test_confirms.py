@@ -1,6 +1,5 @@
 """`new_task.py -`: a task is called sent once the broker has it, and no other task is."""
 
-import contextlib
 import re
 import signal
 import subprocess
@@ -119,7 +118,7 @@ def test_lines_ten_heartbeats_apart_go_over_one_connection(broker, queue, produc
     ours = producer(broker, url=broker.url_of(query="?heartbeat=1"))
     write(ours, b"one")
     ours.wait_for("Sent 'one'")
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with pytest.raises(subprocess.TimeoutExpired):
         ours.process.wait(10)
     write(ours, b"two", end=True)
     assert ours.wait() == 0, ours.err

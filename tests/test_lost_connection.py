@@ -1,124 +1,109 @@
-"""A worker outlives its broker, and its tasks outlive both."""
+"""`worker.py`: no broker yet, or the connection lost: it says so, tries again, and carries on."""
 
-import re
-import signal
-
-import port_for
-import psutil
 import pytest
-from conftest import ROOT, Script
+from conftest import wait_until
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
-PAUSES = [1, 2, 4, 8, 16, 30]  # seconds between attempts to connect, as CONTRACT.md has them
+LONG = "long....."  # until the connection is gone
+LONG = "long...."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lonely():
-    """A worker whose broker never comes; the other tests run while it goes on trying."""
-    script = Script([ROOT / "worker.py"], f"amqp://127.0.0.1:{port_for.select_random()}")
-    yield script
-    script.process.kill()
-    script.wait()
+@pytest.fixture(params=["stop", "kill"])
+def outage(request, fragile_broker):
+    """Take the broker away, cleanly or by SIGKILL."""
+    yield getattr(fragile_broker, request.param)
+    if not fragile_broker.running():
+        fragile_broker.start()
+
+
+def test_workers_and_tasks_outlive_their_broker(fragile_broker, run, send, queue, outage):
+    in_mid_task = run(fragile_broker, "worker.py", "-q", f"{queue}-busy")
+    idle = run(fragile_broker, "worker.py", "-q", f"{queue}-idle")
+    idle.wait_for("Waiting")
+    send(fragile_broker, f"{queue}-busy", LONG, "after")
+    send(fragile_broker, f"{queue}-later", "nobody is here")
+    in_mid_task.wait_for("Received")
+
+    outage()
+    for worker in (in_mid_task, idle):
+        worker.wait_for("trying again")
+    early = run(fragile_broker, "worker.py", "-q", f"{queue}-later")
+    early.wait_for("trying again in 4 s")
+    assert all(line.endswith(f"in {pause} s") for line, pause in zip(early.err, (1, 2, 4)))
+
+    fragile_broker.start()
+    early.wait_for("Done")
+    assert early.tasks("Received") == ["nobody is here"]
+    in_mid_task.wait_for("Done", times=2)
+    assert in_mid_task.out == [
+        WAITING,
+        f" [x] Received '{LONG}'",
+        WAITING,
+        f" [x] Received '{LONG}' (redelivered)",
+        " [x] Done",
+        " [x] Received 'after'",
+        " [x] Done",
+    ]
+    send(fragile_broker, f"{queue}-idle", "back")
+    idle.wait_for("Done")
+    assert idle.out == [WAITING, WAITING, " [x] Received 'back'", " [x] Done"]
+
+
+def test_a_connection_closed_in_mid_task_ends_the_work_and_it_is_done_again(
+    fragile_broker, run, send, queue
+):
+    worker = run(fragile_broker, "worker.py", "-q", queue)
+    send(fragile_broker, queue, LONG)
+    worker.wait_for("Received")
+    fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
+    worker.wait_for("maintenance")
+    worker.wait_for("Done")
+    assert worker.out == [
+        WAITING,
+        f" [x] Received '{LONG}'",
+        WAITING,
+        f" [x] Received '{LONG}' (redelivered)",
+        " [x] Done",
+    ]
+    assert len(worker.err) == 1
+
+
+@pytest.mark.parametrize("tasks", [["in hand.."], []], ids=["in mid-task", "idle"])
+def test_a_consumer_that_the_broker_cancelled_is_set_up_anew(broker, run, send, queue, tasks):
+    worker = run(broker, "worker.py", "-q", queue)
+    worker.wait_for("Waiting")
+    send(broker, queue, *tasks)
+    wait_until(lambda: len(worker.tasks("Received")) == len(tasks))
+    with broker.channel() as channel:
+        channel.queue_delete(queue)
+    worker.wait_for("cancelled the consumer")
+    worker.wait_for("Waiting", times=2)
+    send(broker, queue, "next")
+    worker.wait_for("Received 'next'")
+    worker.wait_for("Done", times=len(tasks) + 1)
+    assert len(worker.err) == 1
 
 
 @pytest.fixture
-def worker(run, fragile_broker):
-    """A worker of the broker that is about to go away."""
+def impatient_broker(fragile_broker):
+    """A broker that takes a task back after a second."""
 
-    def start(queue, *arguments):
-        return run(fragile_broker, "worker.py", "-q", queue, *arguments)
+    def set_in_milliseconds(timeout, tick):
+        settings = f"""application:set_env(rabbit, consumer_timeout, {timeout}),
+            application:set_env(rabbit, channel_tick_interval, {tick})."""
+        fragile_broker.rabbitctl_output("eval", settings)
 
-    return start
-
-
-def stop(broker):
-    broker.stop()
-    assert not servers(broker)
-
-
-def kill(broker):
-    broker.kill()
-    assert not servers(broker)
+    set_in_milliseconds(timeout=1_000, tick=500)
+    yield fragile_broker
+    set_in_milliseconds(timeout=1_800_000, tick=60_000)
 
 
-def servers(broker):
-    """The Erlang processes of a broker: rabbitmq-server itself is only a shell script."""
-    return [
-        process
-        for process in psutil.process_iter(["name", "environ"])
-        if process.info["name"] == "beam.smp"
-        and (process.info["environ"] or {}).get("RABBITMQ_NODE_PORT") == str(broker.port)
-    ]
-
-
-def pauses(script):
-    return [int(found[1]) for line in script.err if (found := re.search(r"in (\d+) s$", line))]
-
-
-@pytest.mark.parametrize(("end", "clean"), [(stop, True), (kill, False)])
-def test_tasks_and_workers_outlive_the_end_of_their_broker(
-    fragile_broker, worker, send, queue, end, clean
+def test_a_task_that_the_broker_took_back_is_reported_with_the_setting_to_raise(
+    impatient_broker, run, send, queue
 ):
-    idle, busy, hoarding, early = (f"{queue}-{name}" for name in ("idle", "busy", "0", "early"))
-    idler, worker_in_mid_task, hoarder = worker(idle), worker(busy), worker(hoarding, "-p", "0")
-    idler.wait_for("Waiting")
-    for at_work, its_queue in ((worker_in_mid_task, busy), (hoarder, hoarding)):
-        at_work.wait_for("Waiting")
-        send(fragile_broker, its_queue, "long...", "next")
-        at_work.wait_for("Received 'long...'")
-    send(fragile_broker, early, "sent before")
-    assert len(servers(fragile_broker)) == 1
-
-    end(fragile_broker)
-    waits = worker(early)
-    waits.wait_for("Connection refused")
-    fragile_broker.start()
-
-    for carries_on in (idler, worker_in_mid_task, hoarder):
-        carries_on.wait_for("Waiting", times=2)
-        assert ("CONNECTION_FORCED" in carries_on.err[0]) == clean, carries_on.err
-        assert pauses(carries_on)[:2] == [1, 2]
-    send(fragile_broker, idle, "sent after")
-    idler.wait_for("Done")
-    assert idler.out == [WAITING, WAITING, " [x] Received 'sent after'", " [x] Done"]
-    waits.wait_for("Done")
-    assert waits.tasks("Received") == ["sent before"]
-    assert len(pauses(waits)) == len(waits.err) >= 1
-    for at_work in (worker_in_mid_task, hoarder):
-        at_work.wait_for("Done", times=2)
-        assert at_work.tasks("Received") == ["long...", "long...", "next"]
-        assert at_work.out.count(" [x] Done") == 2
-    for script in (idler, worker_in_mid_task, hoarder, waits):
-        script.signal(signal.SIGTERM)  # to the process that it was before
-        assert script.wait() == 0
-    for its_queue in (idle, busy, hoarding, early):
-        assert fragile_broker.bodies(its_queue) == []
-
-
-def test_a_connection_lost_in_mid_task_ends_the_work_and_the_task_is_done_again(
-    fragile_broker, worker, send, queue
-):
-    script = worker(queue)
-    send(fragile_broker, queue, "long...")
-    script.wait_for("Received")
-    fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
-    lost = script.wait_for("maintenance; trying again in 1 s")
-    assert script.wait_for("Received", times=2) - lost < 2
-    script.wait_for("Done")
-    assert script.out == [
-        WAITING,
-        " [x] Received 'long...'",
-        WAITING,
-        " [x] Received 'long...' (redelivered)",
-        " [x] Done",
-    ]
-    assert len(script.err) == 1
-
-
-def test_the_pauses_between_attempts_to_connect_grow_from_1_to_30_seconds(lonely):
-    lonely.wait_for("in 30 s")
-    assert pauses(lonely) == PAUSES
-    moments = [lonely.wait_for("trying again", times=number + 1) for number in range(len(PAUSES))]
-    for pause, earlier, later in zip(PAUSES, moments, moments[1:]):
-        assert pause <= later - earlier < pause + 1
-    assert lonely.out == []
+    send(impatient_broker, queue, "too long.......")
+    worker = run(impatient_broker, "worker.py", "-q", queue)
+    worker.wait_for("consumer_timeout")
+    worker.wait_for("(redelivered)")
+    assert "timed out" in worker.err[0]
+    assert " [x] Done" not in worker.out
