@@ -255,7 +255,6 @@ def queue_name(text):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        message = re.sub("//.*@", "//...@", message)  # a password, if --url is misspelt
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -282,7 +281,9 @@ def parse_arguments():
         nargs=argparse.REMAINDER,
         help="the words of the task, or - alone for standard input",
     )
-    options = parser.parse_args()
+    options, unknown = parser.parse_known_args()
+    if unknown:  # --ulr=amqp://..., for example: the name alone, as there may be a password
+        parser.error(f"unknown option {re.match('-*[a-z]*', unknown[0])[0]}")
     if options.words[:1] == ["--"]:  # the end of the options; argparse leaves it in
         del options.words[0]
     if options.words == ["-"] and not sys.stdin:

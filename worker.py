@@ -196,7 +196,6 @@ def prefetch_count(text):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        message = re.sub("//.*@", "//...@", message)  # a password, if --url is misspelt
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -225,7 +224,10 @@ def parse_arguments():
         metavar="N",
         help="unacknowledged tasks the broker may hand over, 0 for no limit (default: 1)",
     )
-    return parser.parse_args()
+    options, unknown = parser.parse_known_args()
+    if unknown:  # --ulr=amqp://..., for example: the name alone, as there may be a password
+        parser.error(f"unknown option {re.match('-*[a-z]*', unknown[0])[0]}")
+    return options
 
 
 def main():

@@ -114,18 +114,6 @@ def test_a_reader_of_its_output_that_goes_away_ends_it_quietly(broker, producer,
     assert ours.err == []
 
 
-def test_lines_ten_heartbeats_apart_go_over_one_connection(broker, queue, producer):
-    ours = producer(broker, url=broker.url_of(query="?heartbeat=1"))
-    write(ours, b"one")
-    ours.wait_for("Sent 'one'")
-    with pytest.raises(subprocess.TimeoutExpired):
-        ours.process.wait(10)
-    write(ours, b"two", end=True)
-    assert ours.wait() == 0, ours.err
-    assert sent(ours) == broker.bodies(queue) == [b"one", b"two"]
-    assert ours.err == []
-
-
 def test_a_connection_lost_between_two_lines_is_made_anew(fragile_broker, queue, producer):
     ours = producer(fragile_broker)
     write(ours, b"one")
@@ -213,34 +201,47 @@ def test_a_queue_deleted_in_mid_stream_is_reported(broker, queue, producer):
 
 @pytest.fixture
 def streaming(fragile_broker, queue, producer):
-    """A producer that has sent the first lines, and waits for more."""
-    ours = producer(fragile_broker)
-    write(ours, *BEFORE)
-    wait_until(lambda: len(ours.out) > 1000)
-    return ours
+    """Producers that have sent some lines and wait for more, by their queues: of either type."""
+    started = {}
+    for queue_type in ("classic", "quorum"):
+        name = f"{queue}-{queue_type}"
+        with fragile_broker.channel() as channel:
+            channel.queue_declare(name, durable=True, arguments={"x-queue-type": queue_type})
+        started[name] = producer(fragile_broker, name)
+    # RabbitMQ notes on disk with a delay of seconds that there is a new quorum queue. Killed
+    # before, it starts that queue empty and for ever without a leader, whoever published.
+    fragile_broker.rabbitctl_output("eval", "[dets:sync(Table) || Table <- dets:all()].")
+    for ours in started.values():
+        write(ours, *BEFORE)
+    wait_until(lambda: all(len(ours.out) > 1000 for ours in started.values()))
+    return started
 
 
-def test_a_stream_goes_on_by_itself_when_a_killed_broker_is_back(fragile_broker, queue, streaming):
+def test_a_stream_goes_on_by_itself_when_a_killed_broker_is_back(fragile_broker, streaming):
     fragile_broker.kill()
-    streaming.wait_for("Connection lost")
-    write(streaming, *AFTER, end=True)
+    for ours in streaming.values():
+        ours.wait_for("Connection lost")
+        write(ours, *AFTER, end=True)
     fragile_broker.start()
-    assert streaming.wait() == 0, streaming.err
-    assert sent(streaming) == TASKS
-    assert without_repetitions(take(fragile_broker, queue)) == TASKS
+    for queue, ours in streaming.items():
+        assert ours.wait() == 0, ours.err
+        assert sent(ours) == TASKS
+        assert without_repetitions(take(fragile_broker, queue)) == TASKS
 
 
 def test_a_stream_that_a_killed_broker_ended_can_be_sent_from_where_it_was(
-    fragile_broker, queue, producer, streaming
+    fragile_broker, producer, streaming
 ):
     fragile_broker.kill()
-    streaming.wait_for("Connection lost")
-    streaming.signal(signal.SIGINT)
-    assert streaming.wait() == 130
+    for ours in streaming.values():
+        ours.wait_for("Connection lost")
+        ours.signal(signal.SIGINT)
+        assert ours.wait() == 130
     fragile_broker.start()
-    again = producer(fragile_broker)
-    write(again, *rest(streaming, LINES), end=True)
-    assert again.wait() == 0, again.err
-    taken = take(fragile_broker, queue)
-    assert taken[: len(streaming.out)] == sent(streaming)
-    assert without_repetitions(taken) == TASKS
+    for queue, ours in streaming.items():
+        again = producer(fragile_broker, queue)
+        write(again, *rest(ours, LINES), end=True)
+        assert again.wait() == 0, again.err
+        taken = take(fragile_broker, queue)
+        assert taken[: len(ours.out)] == sent(ours)
+        assert without_repetitions(taken) == TASKS

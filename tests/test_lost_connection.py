@@ -5,7 +5,7 @@ from conftest import wait_until
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 LONG = "long....."  # until the connection is gone
-LONG = "long...."
+LONG = "long.........."
 
 
 @pytest.fixture(params=["stop", "kill"])
@@ -35,15 +35,8 @@ def test_workers_and_tasks_outlive_their_broker(fragile_broker, run, send, queue
     early.wait_for("Done")
     assert early.tasks("Received") == ["nobody is here"]
     in_mid_task.wait_for("Done", times=2)
-    assert in_mid_task.out == [
-        WAITING,
-        f" [x] Received '{LONG}'",
-        WAITING,
-        f" [x] Received '{LONG}' (redelivered)",
-        " [x] Done",
-        " [x] Received 'after'",
-        " [x] Done",
-    ]
+    assert in_mid_task.tasks("Received") == [LONG, LONG, "after"]
+    assert in_mid_task.out[2:4] == [WAITING, f" [x] Received '{LONG}' (redelivered)"]
     send(fragile_broker, f"{queue}-idle", "back")
     idle.wait_for("Done")
     assert idle.out == [WAITING, WAITING, " [x] Received 'back'", " [x] Done"]
