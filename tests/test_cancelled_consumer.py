@@ -60,7 +60,7 @@ def test_a_worker_outlives_its_queue_in_mid_task(fragile_broker, worker, send, q
     assert fragile_broker.bodies(queue) == []
 
 
-def test_a_task_that_the_broker_took_back_is_reported_with_the_setting_to_raise(
+def test_a_task_that_takes_longer_than_consumer_timeout_is_reported_with_that_setting(
     impatient_broker, run, send, queue
 ):
     worker = run(impatient_broker, "worker.py", "-q", queue)

@@ -1,10 +1,8 @@
 """`worker.py`: no broker yet, or the connection lost: it says so, tries again, and carries on."""
 
 import pytest
-from conftest import wait_until
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
-LONG = "long....."  # until the connection is gone
 LONG = "long.........."
 
 
@@ -59,44 +57,3 @@ def test_a_connection_closed_in_mid_task_ends_the_work_and_it_is_done_again(
         " [x] Done",
     ]
     assert len(worker.err) == 1
-
-
-@pytest.mark.parametrize("tasks", [["in hand.."], []], ids=["in mid-task", "idle"])
-def test_a_consumer_that_the_broker_cancelled_is_set_up_anew(broker, run, send, queue, tasks):
-    worker = run(broker, "worker.py", "-q", queue)
-    worker.wait_for("Waiting")
-    send(broker, queue, *tasks)
-    wait_until(lambda: len(worker.tasks("Received")) == len(tasks))
-    with broker.channel() as channel:
-        channel.queue_delete(queue)
-    worker.wait_for("cancelled the consumer")
-    worker.wait_for("Waiting", times=2)
-    send(broker, queue, "next")
-    worker.wait_for("Received 'next'")
-    worker.wait_for("Done", times=len(tasks) + 1)
-    assert len(worker.err) == 1
-
-
-@pytest.fixture
-def impatient_broker(fragile_broker):
-    """A broker that takes a task back after a second."""
-
-    def set_in_milliseconds(timeout, tick):
-        settings = f"""application:set_env(rabbit, consumer_timeout, {timeout}),
-            application:set_env(rabbit, channel_tick_interval, {tick})."""
-        fragile_broker.rabbitctl_output("eval", settings)
-
-    set_in_milliseconds(timeout=1_000, tick=500)
-    yield fragile_broker
-    set_in_milliseconds(timeout=1_800_000, tick=60_000)
-
-
-def test_a_task_that_the_broker_took_back_is_reported_with_the_setting_to_raise(
-    impatient_broker, run, send, queue
-):
-    send(impatient_broker, queue, "too long.......")
-    worker = run(impatient_broker, "worker.py", "-q", queue)
-    worker.wait_for("consumer_timeout")
-    worker.wait_for("(redelivered)")
-    assert "timed out" in worker.err[0]
-    assert " [x] Done" not in worker.out
