@@ -65,11 +65,14 @@ class Producer:
         self.answers = {}  # delivery tag: whether the broker accepted the task
         self.confirmed = 0
         self.confirmed_line = 0
+        on_terminal = sys.stderr and sys.stderr.isatty()
+        self.counting = on_terminal and not (sys.stdout and sys.stdout.isatty())
 
     def run(self):
         """Return when every task is confirmed, exit the program if that can't be."""
         self.connect()
         self.loop.start()
+        self.count(end="\n")
 
     def connect(self):
         pika.SelectConnection.create_connection(
@@ -99,7 +102,7 @@ class Producer:
         self.channel, self.refusal = channel, None
         self.first_tag = 1
         self.answers.clear()
-        for _, body in self.unconfirmed:  # of a connection that was lost
+        for _, body in self.unconfirmed:  # from a connection that was lost
             self.publish(body)
         if not self.unconfirmed:
             self.deadline = None
@@ -129,7 +132,7 @@ class Producer:
             routing_key=self.queue,
             body=body,
             properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
-            mandatory=True,
+            mandatory=True,  # without its queue, the task comes back: on_returned()
         )
 
     def on_confirmed(self, frame):
@@ -145,6 +148,7 @@ class Producer:
             self.deadline = None
             self.window.release(permits(body))
             say(f" [x] Sent {shown(body)}")
+        self.count()
         self.close_when_done()
 
     def on_all_read(self):
@@ -182,13 +186,19 @@ class Producer:
         else:
             if self.deadline is None:
                 self.deadline = time.monotonic() + RECONNECT_FOR
+                self.count(end="\n")
                 complain(f"Connection lost: {explain(reason)}; trying again")
             if time.monotonic() > self.deadline:
                 where = ", ".join(f"{node.host}:{node.port}" for node in self.nodes)
                 self.give_up(f"No connection to {where}: {explain(reason)}")
             self.loop.call_later(1, self.connect)
 
+    def count(self, end=""):
+        if self.counting:
+            print(f"\r [x] Sent {self.confirmed}", end=end, file=sys.stderr, flush=True)
+
     def give_up(self, reason, status=1):
+        self.count(end="\n")
         rest = f", send the rest from line {self.confirmed_line + 1} on" if self.confirmed else ""
         complain(f"{reason}; tasks confirmed: {self.confirmed}{rest}")
         sys.exit(status)

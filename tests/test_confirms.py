@@ -1,11 +1,14 @@
 """`new_task.py -`: a task is called sent once the broker has it, and no other task is."""
 
+import os
 import re
 import signal
 import subprocess
+import sys
 
+import pexpect
 import pytest
-from conftest import wait_until
+from conftest import PATIENCE, ROOT, wait_until
 
 # As input: task n is on line n, every tenth line is blank. The first part fits into a pipe.
 LINES = [b"" if number % 10 == 0 else b"%d" % number for number in range(1, 10_001)]
@@ -95,6 +98,20 @@ def test_blank_lines_are_no_tasks_and_a_last_line_needs_no_end(broker, queue, pr
     ours.process.stdin.close()
     assert ours.wait() == 0, ours.err
     assert sent(ours) == broker.bodies(queue) == [b"one", b"two"]
+
+
+def test_a_terminal_that_does_not_show_the_tasks_shows_their_number(broker, queue, tmp_path):
+    (tmp_path / "tasks").write_bytes(b"\n".join(LINES))
+    script = f"{sys.executable} {ROOT / 'new_task.py'} -q {queue}"
+    command = f"{script} - < {tmp_path / 'tasks'} > {tmp_path / 'sent.log'}"
+    environment = {**os.environ, "AMQP_URL": broker.url}
+    shown, status = pexpect.run(
+        f"sh -c '{command}'", env=environment, timeout=PATIENCE, withexitstatus=True
+    )
+    assert status == 0
+    *_, last = shown.decode().split("\r [x] Sent ")
+    assert last == f"{len(TASKS)}\r\n"
+    assert len((tmp_path / "sent.log").read_text().splitlines()) == len(TASKS)
 
 
 def test_no_input_sends_nothing(broker, queue, producer):
