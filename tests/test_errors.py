@@ -200,6 +200,7 @@ def tls_broker(new_broker, tmp_path_factory):
         ssl_options.keyfile = {folder / "key.pem"}
         """
     )
+    wait_until(lambda: port_for.port_is_used(port))  # it may open later than the other port
     broker.ca = folder / "ca.pem"
     broker.tls = lambda host, query="": f"amqps://guest:guest@{host}:{port}/%2F{query}"
     return broker
