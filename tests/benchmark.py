@@ -1,183 +1,256 @@
 #!/usr/bin/env python3
-"""Compare the two scripts with the tutorial's, on a private broker; print a Markdown table.
+"""Compare the two scripts with others on one private broker; print README's Markdown tables.
 
-    tests/benchmark.py                   all of it, with a million waiting tasks: some minutes
-    tests/benchmark.py --tasks 2000 --waiting 20000 --runs 1
+    tests/benchmark.py                         everything: about twenty minutes
+    tests/benchmark.py consumers one-shot      some of it
+    tests/benchmark.py --runs 1 --tasks 2000 --lines 5000 --million 100000     a quick look
 
-To be run by hand on a quiet machine: rates are of this machine, only their ratios travel.
+To be run by hand on a quiet machine: rates are this machine's, and only their ratios travel.
+Celery and Dramatiq take part if they are installed (benchmark-requirements.txt), and so do the
+programs of Debian's amqp-tools.
 """
 
 import argparse
+import contextlib
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import port_for
+import psutil
 from conftest import ROOT, Broker
 
+PEERS = ROOT / "tests" / "peers"
 TUTORIAL = ROOT / "tests" / "tutorial"
-QUEUE = "task_queue"
+PYTHON = sys.executable
+STUCK = 30  # seconds after which a consumer is measured by what it has done so far
 
-CONFIRM_LOOP = """
-import os, sys, pika
-connection = pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"]))
-channel = connection.channel()
-channel.queue_declare(queue="task_queue", durable=True)
-channel.confirm_delivery()
-for line in sys.stdin.buffer:
-    channel.basic_publish("", "task_queue", line[:-1], pika.BasicProperties(delivery_mode=2))
-    print(f" [x] Sent {line[:-1]}")
-connection.close()
-"""
+NEW_TASK = [PYTHON, ROOT / "new_task.py", "-"]
+CONFIRM_LOOP = [PYTHON, PEERS / "confirm_loop.py"]
+AMQP_PUBLISH = ["amqp-publish", "-l", "-p", "-r", "task_queue"]
+CELERY = [PYTHON, PEERS / "celery_tasks.py"]
+DRAMATIQ = [PYTHON, PEERS / "dramatiq_tasks.py"]
+
+WORKER = [PYTHON, ROOT / "worker.py"]
+LOOP = [PYTHON, TUTORIAL / "worker.py"]
+AMQP_CONSUME = ["amqp-consume", "-q", "task_queue", "-p", "1", "cat"]
+CELERY_WORKER = [PYTHON, "-m", "celery", "--app", "celery_tasks", "--quiet", "worker"]
+CELERY_WORKER += ["--pool", "solo", "--loglevel", "ERROR"]
+CELERY_WORKER += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+DRAMATIQ_WORKER = [PYTHON, "-m", "dramatiq", "dramatiq_tasks", "--processes", "1", "--threads", "1"]
+
+CONSUMERS = {  # name: command, queue, what fills the queue
+    "worker.py": (WORKER, "task_queue", NEW_TASK),
+    "tutorial's loop": (LOOP, "task_queue", NEW_TASK),
+    "amqp-consume, `cat`": (AMQP_CONSUME, "task_queue", NEW_TASK),
+    "Celery, solo pool": (CELERY_WORKER, "celery", CELERY),
+    "Celery, solo pool, multiplier 4": (["env", "MULTIPLIER=4", *CELERY_WORKER], "celery", CELERY),
+    "Dramatiq, one thread": (DRAMATIQ_WORKER, "dramatiq", DRAMATIQ),
+}
+
+PRODUCERS = {  # name: command, queue, its share of the lines: fewer for a round trip each
+    "new_task.py -": (NEW_TASK, "task_queue", 1),
+    "loop, a confirm each": (CONFIRM_LOOP, "task_queue", 0.1),
+    "amqp-publish -l -p, unconfirmed": (AMQP_PUBLISH, "task_queue", 1),
+    "Celery": (CELERY, "celery", 0.1),
+    "Dramatiq": (DRAMATIQ, "dramatiq", 0.1),
+}
+
+INSTALLED = {  # how the names of peers begin: whether they are here
+    "amqp-": shutil.which("amqp-publish"),
+    "Celery": find_spec("celery"),
+    "Dramatiq": find_spec("dramatiq"),
+}
 
 
-def lines(count):
-    return b"".join(b"task number %d\n" % number for number in range(count))
+class Bench:
+    """Starts commands against a broker and measures them."""
+
+    def __init__(self, broker, folder):
+        self.broker = broker
+        self.input = folder / "input"
+
+    def start(self, command, **streams):
+        if str(command[0]).startswith("amqp-"):
+            command = [command[0], "--url", self.broker.url, *command[1:]]
+        environment = {**os.environ, "AMQP_URL": self.broker.url, "dramatiq_queue_prefetch": "1"}
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **streams}
+        return subprocess.Popen(command, env=environment, cwd=PEERS, **streams)
+
+    @contextlib.contextmanager
+    def queue(self, name):
+        """Make a queue anew, where its users agree on how; give what counts its messages."""
+        with self.broker.channel(self.broker.url_of(query="?heartbeat=0")) as channel:
+            channel.queue_delete(name)
+            if name == "task_queue":
+                channel.queue_declare(name, durable=True)
+            yield lambda: channel.queue_declare(name, passive=True).method.message_count
+            channel.queue_delete(name)
+
+    def produce(self, command, tasks):
+        """Send so many tasks; return the seconds that it took."""
+        self.input.write_text("".join(f"{number}\n" for number in range(tasks)))
+        with open(self.input, "rb") as lines:
+            begin = time.perf_counter()
+            status = self.start(command, stdin=lines).wait()
+            seconds = time.perf_counter() - begin
+        assert status == 0, command
+        return seconds
+
+    def consume(self, command, waiting, full, tasks):
+        """Let a consumer do some of the waiting tasks; return tasks per second, and its memory."""
+        assert waiting() == full
+        process = self.start(command)
+        while (first := waiting()) == full:
+            assert process.poll() is None, command
+            time.sleep(0.01)
+        begin = time.perf_counter()
+        while (left := waiting()) > full - tasks and time.perf_counter() < begin + STUCK:
+            time.sleep(0.02)
+        seconds = time.perf_counter() - begin
+        memory = peak_memory(process)
+        end(process)
+        return (first - left) / seconds, memory
 
 
-def peak(process):
-    """Return a running process's peak memory in MiB (VmHWM of proc_pid_status(5))."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+def peak_memory(process):
+    """Return the peak memory, in MiB, of a process and its children."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(True))]
+    status = "".join(Path(f"/proc/{pid}/status").read_text() for pid in family)
+    return sum(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) / 1024
 
 
-def timed(url, command, data=b""):
-    """Run a command to its end; return its seconds."""
-    with tempfile.TemporaryFile() as stdin:
-        stdin.write(data)
-        stdin.seek(0)
-        start = time.perf_counter()
-        environment = {**os.environ, "AMQP_URL": url}
-        subprocess.run(command, stdin=stdin, stdout=subprocess.DEVNULL, env=environment, check=True)
-        return time.perf_counter() - start
+def end(process):
+    for member in (*psutil.Process(process.pid).children(True), process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
 
 
-def streamed(url, count):
-    """Send so many tasks with new_task.py; return its peak memory in MiB at the last one."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "new_task.py", "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "AMQP_URL": url},
+def table(*rows):
+    """Print rows, the first being the names of columns."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
+
+
+def medians(runs, measure, cases):
+    """Measure the cases, argument tuples by name, in turn; return the medians of each one."""
+    figures = {
+        name: []
+        for name in cases
+        if all(found for peer, found in INSTALLED.items() if name.startswith(peer))
+    }
+    for _ in range(runs):
+        for name, measured in figures.items():
+            measured.append(measure(*cases[name]))
+    return {name: [*map(statistics.median, zip(*each))] for name, each in figures.items()}
+
+
+def consumers(bench, options):
+    def measure(command, name, filler):
+        with bench.queue(name) as waiting:
+            bench.produce(filler, options.tasks)
+            return bench.consume(command, waiting, options.tasks, options.tasks)
+
+    results = medians(options.runs, measure, CONSUMERS)
+    base, _ = results["tutorial's loop"]
+    rows = [
+        (name, f"{rate:.0f}", f"{rate / base:.2f}", f"{peak:.1f}")
+        for name, (rate, peak) in results.items()
+    ]
+    table(("consumer, no-op tasks, prefetch 1", "tasks/s", "tutorial's = 1", "peak MiB"), *rows)
+
+
+def producers(bench, options):
+    def measure(command, name, share):
+        tasks = int(options.lines * share)
+        with bench.queue(name):
+            return (tasks / bench.produce(command, tasks),)
+
+    results = medians(options.runs, measure, PRODUCERS)
+    (base,) = results["loop, a confirm each"]
+    rows = [(name, f"{rate:.0f}", f"{rate / base:.1f}") for name, (rate,) in results.items()]
+    table(("producer, a task for each line", "tasks/s", "loop = 1"), *rows)
+
+
+def one_shot(bench, options):
+    def measure(folder):
+        begin = time.perf_counter()
+        assert bench.start([PYTHON, folder / "new_task.py", "Hello"]).wait() == 0
+        return (1000 * (time.perf_counter() - begin),)
+
+    cases = {"new_task.py Hello": (ROOT,), "tutorial's": (TUTORIAL,)}
+    with bench.queue("task_queue"):
+        results = medians(10 * options.runs, measure, cases)
+    (base,) = results["tutorial's"]
+    rows = [(name, f"{ms:.1f}", f"{ms / base:.2f}") for name, (ms,) in results.items()]
+    table(("one task", "ms", "tutorial's = 1"), *rows)
+
+
+def memory(bench, options):
+    """A thousand lines and a million, a hundredth of a million waiting tasks and all."""
+
+    def measure_producer(tasks):
+        # Its input stays open when all is sent, so that it can be looked at.
+        hold = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        lines = subprocess.Popen(["sh", "-c", f"seq {tasks}; cat"], **hold)
+        with bench.queue("task_queue"):
+            process = bench.start(NEW_TASK, stdin=lines.stdout, stdout=subprocess.PIPE)
+            for _ in range(tasks):
+                process.stdout.readline()
+            peak = peak_memory(process)
+            lines.communicate()
+            assert process.wait() == 0
+        return (peak,)
+
+    def measure_worker(waiting_tasks):
+        with bench.queue("task_queue") as waiting:
+            bench.produce(NEW_TASK, waiting_tasks)
+            return bench.consume(WORKER, waiting, waiting_tasks, options.million // 100)
+
+    few, many = options.million // 1000, options.million
+    cases = {f"new_task.py, {tasks:,} lines": (tasks,) for tasks in (few, many)}
+    lines = medians(1, measure_producer, cases)
+    cases = {f"worker.py, {tasks:,} waiting": (tasks,) for tasks in (10 * few, many)}
+    waiting = medians(options.runs, measure_worker, cases)
+    table(
+        ("script", "tasks/s", "peak MiB"),
+        *((name, "", f"{peak:.1f}") for name, (peak,) in lines.items()),
+        *((name, f"{rate:.0f}", f"{peak:.1f}") for name, (rate, peak) in waiting.items()),
     )
-    feeder = threading.Thread(target=process.stdin.write, args=(lines(count),))
-    feeder.start()
-    for _ in range(count):
-        process.stdout.readline()
-    feeder.join()
-    memory = peak(process)
-    process.communicate()
-    return memory
 
 
-def consumed(broker, command, tasks):
-    """Let a consumer do so many tasks; return tasks per second and its memory in MiB."""
-    with broker.channel() as channel:
-
-        def left():
-            return channel.queue_declare(QUEUE, passive=True).method.message_count
-
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, env={**os.environ, "AMQP_URL": broker.url}
-        )
-        begin = left()
-        while (start := left()) > begin - tasks // 10:  # started, and warm
-            time.sleep(0.05)
-        clock = time.perf_counter()
-        while (now := left()) > start - tasks:
-            time.sleep(0.05)
-        rate = (start - now) / (time.perf_counter() - clock)
-        memory = peak(process)
-        process.kill()
-        process.wait()
-    return rate, memory
-
-
-def row(name, results, digits=0):
-    """Print the medians of some runs as a row of the table; return the first of them."""
-    medians = [statistics.median(column) for column in zip(*results)]
-    print(f"| {name} | " + " | ".join(f"{median:.{digits}f}" for median in medians) + " |")
-    return medians[0]
+SECTIONS = {
+    "consumers": consumers,
+    "producers": producers,
+    "one-shot": one_shot,
+    "memory": memory,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, default=20_000)
-    parser.add_argument("--waiting", type=int, default=1_000_000)
-    parser.add_argument("--runs", type=int, default=3)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--tasks", type=int, default=20_000, help="for each consumer")
+    parser.add_argument("--lines", type=int, default=100_000, help="for each producer")
+    parser.add_argument("--million", type=int, default=1_000_000, help="for memory")
+    parser.add_argument("--runs", type=int, default=3, help="of which medians are taken")
     options = parser.parse_args()
-    ours, theirs = [sys.executable, ROOT / "worker.py"], [sys.executable, TUTORIAL / "worker.py"]
-    stream = [sys.executable, ROOT / "new_task.py", "-"]
-
     with tempfile.TemporaryDirectory() as folder:
-        broker = Broker(Path(folder), port_for.select_random())
-        broker.start()
+        (data := Path(folder, "broker")).mkdir()
+        broker = Broker(data, port_for.select_random())
         try:
-            url = broker.url
-
-            def purge():
-                with broker.channel() as channel:
-                    channel.queue_delete(QUEUE)
-
-            def consumer(command, tasks):
-                timed(url, stream, lines(2 * tasks))
-                result = consumed(broker, command, tasks)
-                purge()
-                return result
-
-            def producer(command, tasks):
-                rate = tasks / timed(url, command, lines(tasks))
-                purge()
-                return (rate,)
-
-            print("| consumer | tasks/s | MiB |\n|---|---|---|")
-            commands = {"worker.py": ours, "the tutorial's": theirs}
-            results = {name: [] for name in commands}
-            for _ in range(options.runs):
-                for name, command in commands.items():
-                    results[name].append(consumer(command, options.tasks))
-            rates = [row(name, result, 1) for name, result in results.items()]
-            print(f"| ratio | {rates[0] / rates[1]:.2f} | |")
-
-            print("\n| producer | tasks/s |\n|---|---|")
-            loop = [sys.executable, "-c", CONFIRM_LOOP]
-            amqp_publish = ["amqp-publish", "--url", url.removesuffix("/%2F")]
-            amqp_publish += ["-l", "-p", "-r", QUEUE]
-            producers = {
-                "new_task.py -": (stream, 5 * options.tasks),
-                "a confirm for each task": (loop, options.tasks // 4),
-                "amqp-publish, unconfirmed": (amqp_publish, 5 * options.tasks),
-            }
-            results = {name: [] for name in producers}
-            for _ in range(options.runs):
-                for name, arguments in producers.items():
-                    results[name].append(producer(*arguments))
-            for name, result in results.items():
-                row(name, result)
-
-            print("\n| one task | ms |\n|---|---|")
-            scripts = {"new_task.py Hello": ROOT, "the tutorial's": TUTORIAL}
-            results = {name: [] for name in scripts}
-            for _ in range(10 * options.runs):
-                for name, where in scripts.items():
-                    command = [sys.executable, where / "new_task.py", "Hello"]
-                    results[name].append((1000 * timed(url, command),))
-            times = [row(name, result, 1) for name, result in results.items()]
-            print(f"| ratio | {times[0] / times[1]:.2f} |")
-            purge()
-
-            print(
-                "\n| waiting tasks | producer's MiB | worker's tasks/s | MiB |\n|---|---|---|---|"
-            )
-            for waiting in (2 * options.tasks, options.waiting):
-                memory = streamed(url, waiting)
-                row(waiting, [(memory, *consumed(broker, ours, options.tasks))], 1)
-                purge()
+            bench = Bench(broker.start(), Path(folder))
+            for name in options.sections or SECTIONS:
+                SECTIONS[name](bench, options)
         finally:
             broker.kill()
             epmd = ["epmd", "-kill"]
