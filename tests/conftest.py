@@ -57,6 +57,13 @@ class Broker(RabbitMqExecutor):
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
         }
 
+    def kill(self, *arguments, **options):
+        # It waits for the shell that started the server; a port that is still open would let
+        # a script in once more.
+        super().kill(*arguments, **options)
+        wait_until(lambda: not self.pre_start_check())
+        return self
+
     def url_of(self, login="guest:guest", vhost="%2F", query=""):
         return f"amqp://{login}@127.0.0.1:{self.port}/{vhost}{query}"
 
