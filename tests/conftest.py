@@ -182,6 +182,14 @@ def fragile_broker(new_broker):
     return new_broker()
 
 
+@pytest.fixture(scope="session")
+def vhosts(broker):
+    """URLs of two virtual hosts, by the type of queue that a plain declaration makes there."""
+    broker.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
+    broker.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
+    return {"classic": broker.url, "quorum": broker.url_of(vhost="q")}
+
+
 @pytest.fixture
 def queue(request):
     """A queue name of this test's own."""

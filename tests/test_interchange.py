@@ -14,14 +14,6 @@ OF_OTHERS = {  # what others may have declared a queue with, besides durable=Tru
 }
 
 
-@pytest.fixture(scope="module")
-def vhosts(broker):
-    """URLs of two virtual hosts, by the type of queue that a plain declaration makes there."""
-    broker.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
-    broker.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
-    return {"classic": broker.url, "quorum": broker.url_of(vhost="q")}
-
-
 @pytest.fixture
 def url(request, broker, vhosts):
     """The URL of a virtual host where nobody has made the tutorial's queue yet."""
