@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pika
 import port_for
+import psutil
 import pytest
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 
@@ -141,6 +142,15 @@ class Script:
             reader.join(PATIENCE)
         return status
 
+    def end(self):
+        """Kill the process, and the commands that it runs."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            process.suspend()  # so that it starts no other
+            for member in (process, *process.children(recursive=True)):
+                member.kill()
+        self.wait()
+
     def signal(self, number):
         self.process.send_signal(number)
 
@@ -208,8 +218,7 @@ def run():
 
     yield start
     for script in scripts:
-        script.process.kill()
-        script.wait()
+        script.end()
     for script in scripts:
         assert not any("Traceback" in line or "Exception" in line for line in script.err), (
             script.err

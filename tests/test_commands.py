@@ -1,0 +1,260 @@
+"""`worker.py COMMAND`: real work, a process for every task, which ends with its worker."""
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pexpect
+import psutil
+import pytest
+from conftest import PATIENCE, ROOT, wait_until
+
+WAITING = " [*] Waiting for messages. To exit press CTRL+C"
+GRACE = 5  # seconds between "please" and SIGKILL
+RANDOM = random.Random(1)
+
+# Two processes that tell their ids; the first says so when it is asked to end.
+POLITE = "trap 'echo asked; exit' TERM; sleep 20 & echo pids $$ $!; wait"
+# Two processes that don't listen.
+STUBBORN = "trap '' TERM; sleep 20 & echo pids $$ $!; wait"
+
+
+@pytest.fixture
+def publish(broker, queue):
+    """Publish a body, whatever is in it."""
+
+    def publish(body):
+        with broker.channel() as channel:
+            channel.queue_declare(queue, durable=True)
+            channel.basic_publish("", queue, body)
+
+    return publish
+
+
+def running(worker):
+    """Return the processes of a command, once it has told its ids."""
+    worker.wait_for("pids ")
+    (line,) = (line for line in worker.out if line.startswith("pids "))
+    return [psutil.Process(int(pid)) for pid in line.split()[1:]]
+
+
+def none_left(processes):
+    def alive(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.status() != psutil.STATUS_ZOMBIE  # an orphan that nobody waits for
+
+    return not any(map(alive, processes))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\x00", b"two\nlines", b"\xff\xfe", RANDOM.randbytes(1_000_000)], ids=len
+)
+def test_the_command_gets_the_exact_body_on_standard_input(run, broker, queue, publish, body):
+    publish(body)
+    worker = run(broker, "worker.py", "-q", queue, "md5sum")
+    worker.wait_for("Done")
+    assert worker.out[2] == f"{hashlib.md5(body).hexdigest()}  -"
+
+
+def test_the_commands_output_passes_through_in_order(run, broker, queue, send):
+    send(broker, queue, "First message.", "Second message..")
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", "wc -c; echo to stderr >&2")
+    worker.wait_for("Done", times=2)
+    assert worker.out == [
+        WAITING,
+        " [x] Received 'First message.'",
+        "14",
+        " [x] Done",
+        " [x] Received 'Second message..'",
+        "16",
+        " [x] Done",
+    ]
+    assert worker.err == ["to stderr"] * 2
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("exit 3", "exit status 3"), ("kill -9 $$", "signal 9: Killed"), ("kill -34 $$", "signal 34")],
+)
+def test_a_command_that_does_not_exit_with_0_has_failed(run, broker, queue, send, script, reason):
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", script)
+    worker.wait_for(f" [!] Failed: {reason}")
+    wait_until(lambda: broker.ready(f"{queue}.retry") == 1)
+    assert worker.out.count(" [x] Done") == 0
+
+
+def test_a_command_that_does_not_read_its_input_is_no_failure(run, broker, queue, publish):
+    publish(b"x" * 1_000_000)
+    run(broker, "worker.py", "-q", queue, "true").wait_for("Done")
+
+
+def test_a_command_may_have_options_of_its_own(run, broker, queue, send):
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, "--", "echo", "-q", "--help", "-")
+    worker.wait_for("Done")
+    assert worker.out[2] == "-q --help -"
+
+
+@pytest.mark.parametrize(
+    "command", ["no-such-command", "/no-such-file", str(ROOT / "README.md"), str(ROOT)]
+)
+def test_a_command_that_cannot_be_run_is_refused_at_the_start(run, broker, queue, send, command):
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, command)
+    assert worker.wait() == 1
+    (line,) = worker.err
+    assert command in line
+    assert worker.out == []
+    with broker.channel() as channel:
+        method, _, body = channel.basic_get(queue)
+        assert body == b"task"
+        assert not method.redelivered
+
+
+def test_a_command_that_can_no_longer_be_run_does_not_fail_its_task(
+    run, broker, queue, send, tmp_path
+):
+    command = tmp_path / "command"
+    command.write_text("no first line that names an interpreter")
+    command.chmod(0o755)
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, command)
+    worker.wait_for("#!/bin/sh")
+    assert worker.process.poll() is None
+    wait_until(lambda: broker.ready(queue) == 1)
+    assert len(worker.err) == 1
+
+
+def test_nothing_of_a_task_reaches_a_shell_the_arguments_or_the_environment(
+    run, broker, queue, publish, tmp_path
+):
+    publish(
+        f"'; touch {tmp_path}/proof; $(touch {tmp_path}/proof) `touch {tmp_path}/proof`".encode()
+    )
+    look = "tr '\\0' '\\n' < /proc/$PPID/cmdline; tr '\\0' '\\n' < /proc/$$/cmdline; env"
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", look)
+    worker.wait_for("Done")
+    assert not any("proof" in line for line in worker.out[2:])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [POLITE, STUBBORN])
+def test_the_time_limit_ends_the_commands_whole_process_group(run, broker, queue, send, command):
+    send(broker, queue, "task", "next")
+    url = broker.url_of(query="?heartbeat=1")
+    worker = run(url, "worker.py", "-q", queue, "--time-limit", "1", "sh", "-c", command)
+    processes = running(worker)
+    received = worker.wait_for("Received")
+    failed = worker.wait_for("Failed: time limit of 1 s")
+    assert none_left(processes)
+    if command == POLITE:
+        assert "asked" in worker.out
+        assert failed - received < 1 + GRACE / 2
+    else:
+        assert 1 + GRACE <= failed - received < 1 + 2 * GRACE
+    worker.wait_for("Received 'next'")
+    assert worker.err == []  # no connection was lost meanwhile
+
+
+@pytest.mark.parametrize("command", [POLITE, STUBBORN])
+def test_ctrl_c_ends_the_commands_whole_process_group(run, broker, queue, send, command):
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", command)
+    processes = running(worker)
+    worker.signal(signal.SIGINT)
+    assert worker.wait() == 130
+    assert none_left(processes)
+    assert ("asked" in worker.out) == (command == POLITE)
+    assert worker.err == []
+    assert broker.bodies(queue) == [b"task"]
+
+
+def test_ctrl_c_twice_does_not_wait_for_a_command(run, broker, queue, send):
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", STUBBORN)
+    processes = running(worker)
+    worker.signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):  # for it waits for the command
+        worker.process.wait(0.5)
+    worker.signal(signal.SIGINT)
+    worker.process.wait(GRACE / 2)
+    assert worker.wait() == 130
+    assert none_left(processes)
+    assert worker.err == []
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_command_through_its_worker(broker, queue, send):
+    terminal = pexpect.spawn(
+        sys.executable,
+        [str(ROOT / "worker.py"), "-q", queue, "sh", "-c", POLITE],
+        env={**os.environ, "AMQP_URL": broker.url},
+        timeout=PATIENCE,
+    )
+    with terminal:
+        send(broker, queue, "task....")
+        terminal.expect(r"'task\.\.\.\.'\r\npids (\d+) (\d+)\r\n")
+        processes = [psutil.Process(int(pid)) for pid in terminal.match.groups()]
+        terminal.sendintr()
+        terminal.expect(pexpect.EOF)
+        assert terminal.before == b"^Casked\r\n"
+    assert terminal.exitstatus == 130
+    assert none_left(processes)
+    assert broker.bodies(queue) == [b"task...."]
+
+
+def test_sigterm_lets_the_command_finish(run, broker, queue, send):
+    send(broker, queue, "task", "next")
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", "echo begun; sleep 2; echo finished")
+    worker.wait_for("begun")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.out[-3:] == ["begun", "finished", " [x] Done"]
+    assert worker.err == []
+    assert broker.bodies(queue) == [b"next"]
+
+
+def test_a_command_that_runs_for_20_heartbeats_is_done_once(run, broker, queue, send):
+    send(broker, queue, "task")
+    worker = run(broker.url_of(query="?heartbeat=1"), "worker.py", "-q", queue, "sleep", "20")
+    worker.wait_for("Done")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.out == [WAITING, " [x] Received 'task'", " [x] Done"]
+    assert worker.err == []
+    assert broker.bodies(queue) == []
+
+
+@pytest.mark.parametrize("command", [POLITE, STUBBORN])
+def test_a_lost_connection_ends_the_command_before_the_worker_connects_again(
+    run, fragile_broker, queue, send, command
+):
+    send(fragile_broker, queue, "task")
+    worker = run(fragile_broker, "worker.py", "-q", queue, "sh", "-c", command)
+    processes = running(worker)
+    fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
+    worker.wait_for("maintenance; trying again")
+    assert none_left(processes)
+    worker.wait_for("Received 'task' (redelivered)")
+
+
+def test_a_command_costs_no_more_than_5_ms_over_its_start(run, broker, queue, send):
+    tasks = 200
+    started = []
+    for _ in range(tasks):
+        begin = time.perf_counter()
+        subprocess.run(["true"], check=True)
+        started.append(time.perf_counter() - begin)
+    send(broker, queue, *["task"] * tasks)
+    worker = run(broker, "worker.py", "-q", queue, "true")
+    worker.wait_for("Done", times=tasks)
+    done = [worker.seen[id(worker.out), line] for line in range(2, 2 * tasks + 1, 2)]
+    took = [after - before for before, after in zip(done, done[1:])]
+    quickly = [statistics.quantiles(times, n=4)[0] for times in (took, started)]  # not disturbed
+    assert quickly[0] - quickly[1] < 0.005
