@@ -1,5 +1,6 @@
 """`tests/demo.py`: draws a real run of each way of dispatch, and leaves nothing behind."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -22,8 +23,12 @@ def queues(broker):
 
 def port_mappers():
     """Erlang's port mappers (epmd) that a demo's broker has started and left running."""
-    epmds = [process for process in psutil.process_iter() if process.name() == "epmd"]
-    return [epmd for epmd in epmds if "/demo-" in epmd.environ().get("HOME", "")]
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if process.name() == "epmd" and "/demo-" in process.environ().get("HOME", ""):
+                left.append(process)
+    return left
 
 
 def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, queues, tmp_path):
