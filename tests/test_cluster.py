@@ -1,0 +1,100 @@
+"""`AMQP_URL` with the nodes of a cluster: both scripts outlive the node they are connected to."""
+
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+from conftest import wait_until
+
+STOOD_STILL = 10  # seconds that are allowed, from the death of a node to the next task
+TASKS = 300
+
+
+@pytest.fixture
+def cluster(new_broker):
+    """Three nodes, with quorum queues in the virtual host "q"."""
+    nodes = [new_broker() for _ in range(3)]
+    first = nodes[0]
+    first.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
+    first.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
+    for node in nodes[1:]:
+        for command in ("stop_app", "reset"):
+            node.rabbitctl_output(command)
+        node.rabbitctl_output("join_cluster", first.envvars["RABBITMQ_NODENAME"])
+        node.rabbitctl_output("start_app")
+    return nodes
+
+
+def leader(nodes, queue):
+    """Return the node that leads a queue."""
+    name = nodes[-1].rabbitctl_output("-q", "list_queues", "-p", "q", "name", "leader")
+    (line,) = (line for line in name.splitlines() if line.startswith(f"{queue}\t"))
+    (node,) = (node for node in nodes if node.envvars["RABBITMQ_NODENAME"] == line.split("\t")[1])
+    return node
+
+
+class Stream:
+    """A producer that is fed slowly, and a worker, on the same queue."""
+
+    def __init__(self, run, nodes, queue):
+        urls = ",".join(node.url_of(vhost="q") for node in nodes)
+        self.worker = run(urls, "worker.py", "-q", queue)
+        self.worker.wait_for("Waiting")
+        options = ["-q", queue, "-"]
+        pipe = subprocess.PIPE
+        self.producer = run(urls, "new_task.py", *options, stdin=pipe)
+        threading.Thread(target=self.feed, daemon=True).start()
+
+    def feed(self):
+        for number in range(TASKS):
+            self.producer.process.stdin.write(b"task %d\n" % number)
+            self.producer.process.stdin.flush()
+            time.sleep(0.1)
+        self.producer.process.stdin.close()
+
+    def stood_still(self, killed_at):
+        """Wait until tasks are sent and done again; return the longest pause that began then."""
+        pauses = []
+        for script, word in ((self.producer, "Sent"), (self.worker, "Done")):
+
+            def later(script=script, word=word):
+                with script.changed:
+                    return [
+                        moment
+                        for (stream, number), moment in script.seen.items()
+                        if stream == id(script.out)
+                        and moment > killed_at
+                        and word in script.out[number]
+                    ]
+
+            wait_until(lambda later=later: len(later()) > 20)
+            moments = [killed_at, *later()]
+            pauses.append(max(after - before for before, after in zip(moments, moments[1:])))
+        return max(pauses)
+
+
+def test_both_scripts_go_on_when_their_node_and_the_queues_leader_die(run, cluster, queue):
+    first, connected, _ = cluster
+    with first.channel(first.url_of(vhost="q")) as channel:  # which makes this one lead it
+        channel.queue_declare(queue, durable=True)
+    stream = Stream(run, [connected, *cluster], queue)
+    for victim in ("node of both scripts", "queue's leader"):
+        stream.worker.wait_for("Done", times=10)
+        dying = connected if victim == "node of both scripts" else leader(cluster, queue)
+        killed_at = time.monotonic()
+        dying.kill()
+        pause = stream.stood_still(killed_at)
+        print(f"the {victim} was killed: {pause:.1f} s without a task")
+        assert pause < STOOD_STILL
+        dying.start()
+
+    assert stream.producer.wait() == 0
+    sent = stream.producer.tasks("Sent")
+    assert sent == [f"task {number}" for number in range(TASKS)]
+    wait_until(lambda: set(sent) <= set(stream.worker.tasks("Received")))
+    stream.worker.signal(signal.SIGTERM)
+    assert stream.worker.wait() == 0
+    with first.channel(first.url_of(vhost="q")) as channel:
+        assert channel.queue_declare(queue, passive=True).method.message_count == 0
