@@ -290,7 +290,8 @@ def lasting(headers, queue):
     passing = "x-(delivery|acquired)-count"
     if headers.get("x-first-death-queue") == f"{queue}.retry":  # so it died nowhere else
         passing += "|x-death|x-(first|last)-death-.*"
-    return {name: headers[name] for name in headers if not re.fullmatch(passing, name)}
+    # A name that is not UTF-8 comes as bytes.
+    return {name: headers[name] for name in headers if not re.fullmatch(passing, str(name))}
 
 
 def end(process, sleep):
