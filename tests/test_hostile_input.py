@@ -82,17 +82,19 @@ def test_any_body_is_one_line_that_is_safe_on_a_terminal(broker, bodies):
 @given(some.lists(BODIES, min_size=10, max_size=20), some.lists(some.integers(0, 2), min_size=20))
 def test_every_dot_is_a_second_and_nothing_else_is(broker, bodies, dots):
     queue = "hostile-dots"
+    workers = [Script([ROOT / "worker.py", "-q", queue], broker.url) for _ in range(10)]
+    for worker in workers:
+        worker.wait_for("Waiting")
     wanted = {}
     with broker.channel() as channel:
-        channel.queue_declare(queue, durable=True)
         for number, (body, count) in enumerate(zip(bodies, dots)):
             body = b"%d " % number + body.replace(b".", b",")[:100] + count * b"."
             wanted[number] = count
             channel.basic_publish("", queue, body)
-    workers = [Script([ROOT / "worker.py", "-q", queue], broker.url) for _ in range(10)]
     wait_until(lambda: sum(worker.out.count(" [x] Done") for worker in workers) == len(wanted))
     for worker in workers:
         end(worker)
+    for worker in workers:
         for line in range(1, len(worker.out), 2):
             number = int(re.search(r"\d+", worker.out[line])[0])
             took = worker.seen[id(worker.out), line + 1] - worker.seen[id(worker.out), line]
