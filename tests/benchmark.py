@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare the two scripts with others on one private broker; print README's Markdown tables.
 
-    tests/benchmark.py                         everything: about twenty minutes
+    tests/benchmark.py                         everything: about half an hour
     tests/benchmark.py consumers one-shot      some of it
     tests/benchmark.py --runs 1 --tasks 2000 --lines 5000 --million 100000     a quick look
 
@@ -75,27 +75,31 @@ class Bench:
     def __init__(self, broker, folder):
         self.broker = broker
         self.input = folder / "input"
+        self.vhost = "%2F"
 
     def start(self, command, **streams):
         if str(command[0]).startswith("amqp-"):
             command = [command[0], "--url", self.broker.url, *command[1:]]
-        environment = {**os.environ, "AMQP_URL": self.broker.url, "dramatiq_queue_prefetch": "1"}
+        url = self.broker.url_of(vhost=self.vhost)
+        environment = {**os.environ, "AMQP_URL": url, "dramatiq_queue_prefetch": "1"}
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **streams}
         return subprocess.Popen(command, env=environment, cwd=PEERS, **streams)
 
     @contextlib.contextmanager
     def queue(self, name):
         """Make a queue anew, where its users agree on how; give what counts its messages."""
-        with self.broker.channel(self.broker.url_of(query="?heartbeat=0")) as channel:
+        url = self.broker.url_of(vhost=self.vhost, query="?heartbeat=0")
+        with self.broker.channel(url) as channel:
             channel.queue_delete(name)
             if name == "task_queue":
                 channel.queue_declare(name, durable=True)
             yield lambda: channel.queue_declare(name, passive=True).method.message_count
             channel.queue_delete(name)
 
-    def produce(self, command, tasks):
-        """Send so many tasks; return the seconds that it took."""
-        self.input.write_text("".join(f"{number}\n" for number in range(tasks)))
+    def produce(self, command, tasks, size=10):
+        """Send so many tasks of so many bytes; return the seconds that it took."""
+        with open(self.input, "w") as lines:
+            lines.writelines(f"{number:0{size}}\n" for number in range(tasks))
         with open(self.input, "rb") as lines:
             begin = time.perf_counter()
             status = self.start(command, stdin=lines).wait()
@@ -103,19 +107,20 @@ class Bench:
         assert status == 0, command
         return seconds
 
-    def consume(self, command, waiting, full, tasks):
-        """Let a consumer do some of the waiting tasks; return tasks per second, and its memory."""
+    def consume(self, command, waiting, full, tasks, consumers=1):
+        """Let consumers do some of the waiting tasks; return tasks per second, and the memory."""
         assert waiting() == full
-        process = self.start(command)
+        processes = [self.start(command) for _ in range(consumers)]
         while (first := waiting()) == full:
-            assert process.poll() is None, command
+            assert processes[0].poll() is None, command
             time.sleep(0.01)
         begin = time.perf_counter()
         while (left := waiting()) > full - tasks and time.perf_counter() < begin + STUCK:
             time.sleep(0.02)
         seconds = time.perf_counter() - begin
-        memory = peak_memory(process)
-        end(process)
+        memory = statistics.mean(map(peak_memory, processes))
+        for process in processes:
+            end(process)
         return (first - left) / seconds, memory
 
 
@@ -226,7 +231,46 @@ def memory(bench, options):
     )
 
 
+SCALE = {  # what: workers, tasks that wait, bytes of each, how many of them are done
+    "1 worker": (1, 30_000, 10, 20_000),
+    "2 workers": (2, 30_000, 10, 20_000),
+    "4 workers": (4, 30_000, 10, 20_000),
+    "8 workers": (8, 30_000, 10, 20_000),
+    "16 workers": (16, 30_000, 10, 20_000),
+    "1,000 tasks wait": (1, 1_000, 10, 800),
+    "100,000 tasks wait": (1, 100_000, 10, 20_000),
+    "1,000,000 tasks wait": (1, 1_000_000, 10, 20_000),
+    "bodies of 10 kB": (1, 10_000, 10_000, 8_000),
+    "bodies of 1 MB": (1, 200, 1_000_000, 180),
+}
+
+
+def scale(bench, options):
+    """Classic and quorum queues: sent and done per second, and the memory of a worker."""
+    bench.broker.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
+    bench.broker.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
+
+    def measure(workers, tasks, size, done):
+        figures = []
+        for bench.vhost in ("%2F", "q"):
+            with bench.queue("task_queue") as waiting:
+                figures.append(tasks / bench.produce(NEW_TASK, tasks, size))
+                figures += bench.consume(WORKER, waiting, tasks, done, workers)
+        bench.vhost = "%2F"
+        return figures
+
+    rows = []
+    for name, case in SCALE.items():
+        runs = 1 if "1,000,000" in name else options.runs
+        figures = medians(runs, measure, {name: case})[name]
+        sent, done, memory, sent_quorum, done_quorum, memory_quorum = figures
+        rates = (f"{rate:.0f}" for rate in (sent, sent_quorum, done, done_quorum))
+        rows.append((name, *rates, f"{max(memory, memory_quorum):.1f}"))
+    table(("", "sent/s, classic", "quorum", "done/s, classic", "quorum", "MiB a worker"), *rows)
+
+
 SECTIONS = {
+    "scale": scale,
     "consumers": consumers,
     "producers": producers,
     "one-shot": one_shot,
