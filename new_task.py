@@ -41,7 +41,7 @@ HINTS = {  # words of an error: what to do about it
     "AuthenticationError": "check user and password in the URL",
     "AccessDeniedError": "check the virtual host in the URL",
     "IncompatibleProtocolError": "is that an AMQP port? A TLS port needs amqps://",
-    "CERTIFICATE": "name its CA in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
+    "CERTIFICATE": "name a CA of your own in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
     "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
 }
 

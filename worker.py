@@ -60,7 +60,7 @@ HINTS = {  # words of an error: what to do about it
     "AuthenticationError": "check user and password in the URL",
     "AccessDeniedError": "check the virtual host in the URL",
     "IncompatibleProtocolError": "is that an AMQP port? A TLS port needs amqps://",
-    "CERTIFICATE": "name its CA in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
+    "CERTIFICATE": "name a CA of your own in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
     "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
     "acknowledgement": "another worker gets the task: raise consumer_timeout in rabbitmq.conf",
     "BlockedTimeout": "the broker takes no messages: it is short of memory or disk space",
@@ -111,13 +111,14 @@ class Worker:
         signal.signal(signal.SIGTERM, self.on_sigterm)
         pause = 1
         while not self.stopping:
-            connection = None
+            connection = problem = None
             try:
                 connection = pika.BlockingConnection(self.nodes)
                 channel = self.consume(connection)
                 pause = 1
                 channel.start_consuming()
-                problem = "The broker cancelled the consumer: its queue was deleted, or has moved"
+                if not self.stopping:
+                    problem = "The broker cancelled the consumer: its queue was deleted, or moved"
             except Unable as error:
                 problem, pause = str(error), LONGEST_PAUSE
             except (pika.exceptions.AMQPError, AMQPConnectorException, OSError) as error:
@@ -128,7 +129,9 @@ class Worker:
             if connection:
                 with contextlib.suppress(pika.exceptions.AMQPError):
                     connection.close()
-            if not self.stopping:
+            if problem and self.stopping:
+                complain(problem)
+            elif problem:
                 complain(f"{problem}; trying again in {pause} s")
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)

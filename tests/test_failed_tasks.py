@@ -186,6 +186,19 @@ def test_a_failed_task_that_cannot_be_published_goes_back_to_its_queue(
     assert broker.bodies(queue) == [b"task"]
 
 
+def test_a_worker_that_is_to_stop_says_too_why_a_task_went_back(run, broker, queue, send):
+    make_full(broker, queue)
+    send(broker, queue, "task")
+    command = ["sh", "-c", "echo begun; sleep 1; exit 3"]
+    worker = run(broker, "worker.py", "-q", queue, "--retries", "0", *command)
+    worker.wait_for("begun")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    (line,) = worker.err
+    assert line.endswith("is that queue full?")
+    assert broker.bodies(queue) == [b"task"]
+
+
 @pytest.mark.parametrize("arguments", [{}, {"x-dead-letter-exchange": "elsewhere"}])
 def test_a_retry_queue_from_which_no_task_comes_back_is_not_used(
     run, broker, queue, send, arguments
