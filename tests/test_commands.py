@@ -86,7 +86,9 @@ def test_a_command_that_does_not_exit_with_0_has_failed(run, broker, queue, send
     send(broker, queue, "task")
     worker = run(broker, "worker.py", "-q", queue, "sh", "-c", script)
     worker.wait_for(f" [!] Failed: {reason}")
-    wait_until(lambda: broker.ready(f"{queue}.retry") == 1)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert broker.ready(f"{queue}.retry") == 1
     assert worker.out.count(" [x] Done") == 0
 
 

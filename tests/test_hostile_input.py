@@ -126,8 +126,9 @@ def test_a_header_whose_name_is_not_utf_8_is_carried_too(broker, run, queue):
     with broker.channel() as channel:
         channel.queue_declare(queue, durable=True)
         channel.basic_publish("", queue, b"", pika.BasicProperties(headers={b"\xff": 1}))
-    run(broker, "worker.py", "-q", queue, "--retries", "0", "false").wait_for("it goes to")
-    wait_until(lambda: broker.ready(f"{queue}.dlq"))
+    worker = run(broker, "worker.py", "-q", queue, "--retries", "0", "false")
+    worker.wait_for("it goes to")
+    end(worker)
     with broker.channel() as channel:
         assert channel.basic_get(f"{queue}.dlq")[1].headers[b"\xff"] == 1
 
