@@ -219,12 +219,19 @@ class Worker:
         with tempfile.TemporaryFile() as task:
             task.write(body)
             task.seek(0)
+            # CTRL+C in the middle of the start would leave a process that we know nothing of.
+            interrupts = []
+            handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append("CTRL+C"))
             try:
                 process = subprocess.Popen(self.command, stdin=task, start_new_session=True)
             except OSError as error:
                 raise Unable(f"Can't run {self.command[0]}: {explain(error)}") from None
+            finally:
+                signal.signal(signal.SIGINT, handler)
         begin = time.monotonic()
         try:
+            if interrupts:
+                raise KeyboardInterrupt
             while process.poll() is None:
                 now = time.monotonic()
                 wait_until(now + min(max(0.001, (now - begin) / 10), 0.1))

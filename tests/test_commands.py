@@ -66,6 +66,7 @@ def test_the_commands_output_passes_through_in_order(run, broker, queue, send):
     send(broker, queue, "First message.", "Second message..")
     worker = run(broker, "worker.py", "-q", queue, "sh", "-c", "wc -c; echo to stderr >&2")
     worker.wait_for("Done", times=2)
+    worker.wait_for("to stderr", times=2)
     assert worker.out == [
         WAITING,
         " [x] Received 'First message.'",
@@ -176,6 +177,21 @@ def test_ctrl_c_ends_the_commands_whole_process_group(run, broker, queue, send, 
     assert ("asked" in worker.out) == (command == POLITE)
     assert worker.err == []
     assert broker.bodies(queue) == [b"task"]
+
+
+def test_whenever_ctrl_c_comes_no_command_is_left_running(run, broker, queue, send):
+    send(broker, queue, "task")
+    moments = random.Random(1)
+    command = ["sleep", "1234"]
+    for _ in range(20):
+        worker = run(broker, "worker.py", "-q", queue, *command)
+        worker.wait_for("Received")
+        time.sleep(moments.uniform(0, 0.003))  # about as long as the start of a process takes
+        worker.signal(signal.SIGINT)
+        assert worker.process.wait(PATIENCE) == 130
+        assert not [
+            each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == command
+        ]
 
 
 def test_ctrl_c_twice_does_not_wait_for_a_command(run, broker, queue, send):
