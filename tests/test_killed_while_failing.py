@@ -1,5 +1,7 @@
 """`worker.py`, killed at any moment between a task's failure and its acknowledgement."""
 
+import signal
+
 import pytest
 from conftest import ROOT, wait_until
 
@@ -39,9 +41,9 @@ def test_a_failed_task_is_in_one_queue_or_in_two_and_never_in_none(
         while not finished:
             for name, worker in [start(step + number) for number in range(AT_ONCE)]:
                 wait_until(lambda w=worker, n=name: w.process.poll() or waiting(n) == (0, 1))
-                finished = worker.process.poll() is None
-                if not finished:
-                    wait_until(lambda n=name: without_consumer(n))
+                worker.signal(signal.SIGTERM)  # if it was not killed, it has nothing in hand
+                finished = worker.wait() == 0
+                wait_until(lambda n=name: without_consumer(n))
                 copies.append(wait_until(lambda n=name: any(found := waiting(n)) and found))
             step += AT_ONCE
         print(copies)
