@@ -194,12 +194,10 @@ def picture(plays, options):
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y - 8}" '
             'font-family="sans-serif" font-size="14">',
             "<title>Round-robin against fair dispatch</title>",
-            "<style>text { fill: #1f2328 } .title { font-weight: bold }",
+            "<style>text { fill: #6e7781 } .title { font-weight: bold }",  # on white and on black
             ".clock { text-anchor: end; font-weight: bold }",
             ".heavy { fill: #b45309 } .in-heavy { fill: #ffffff }",
-            ".light { fill: #a5d8ff; stroke: #1c7ed6 } .in-light { fill: #10243a }",
-            "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 }",
-            ".in-heavy { fill: #ffffff } .in-light { fill: #10243a } }</style>",
+            ".light { fill: #a5d8ff; stroke: #1c7ed6 } .in-light { fill: #10243a }</style>",
             *shapes,
             "</svg>\n",
         ]
