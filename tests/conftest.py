@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -147,8 +148,11 @@ class Script:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.process.pid)
             process.suspend()  # so that it starts no other
-            for member in (process, *process.children(recursive=True)):
-                member.kill()
+            for command in process.children():
+                command.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(command.pid, signal.SIGKILL)  # with what it has started
+            process.kill()
         self.wait()
 
     def signal(self, number):

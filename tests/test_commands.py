@@ -49,7 +49,10 @@ def none_left(processes):
         with contextlib.suppress(psutil.NoSuchProcess):
             return process.status() != psutil.STATUS_ZOMBIE  # an orphan that nobody waits for
 
-    return not any(map(alive, processes))
+    deadline = time.monotonic() + 1  # a killed process ends at its next turn on the processor
+    while (left := any(map(alive, processes))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not left
 
 
 @pytest.mark.parametrize(

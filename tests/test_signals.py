@@ -136,10 +136,11 @@ def test_ctrl_c_in_a_terminal_ends_the_worker_under_the_dots_it_has_worked_off(b
 def test_whenever_sigterm_comes_no_task_is_lost_or_done_twice(broker, worker, send, queue):
     print(f"seed {SEED}")
     moments = random.Random(SEED)
-    tasks = [f"task {number}" for number in range(STOPS * 100)]
-    send(broker, queue, *tasks)
-    done = []
-    for _ in range(STOPS):
+    tasks, done = [], []
+    for stopped in range(STOPS):
+        more = [f"task {stopped}-{number}" for number in range(100)]
+        send(broker, queue, *more)  # each time, as a slow signal lets a worker do all of them
+        tasks += more
         script = worker()
         script.wait_for("Received", times=moments.randint(1, 50))
         time.sleep(moments.uniform(0, 0.002))
