@@ -132,6 +132,8 @@ def soak(broker, folder, *, seed, tasks, workers, kills, outages, cuts, stalls):
         with contextlib.suppress(AssertionError):
             wait_until(lambda: confirmed <= set(run.done()), PATIENCE + tasks)
         seconds = time.monotonic() - begin
+        for worker in run.workers:
+            worker.wait_for("Waiting")  # the last one may not listen to signals yet
         by_themselves += sum(worker.process.poll() is not None for worker in run.workers)
     finally:
         statuses = run.end()
