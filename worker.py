@@ -216,22 +216,11 @@ class Worker:
                 say("")
 
     def run_command(self, ch, body, wait_until):
-        with tempfile.TemporaryFile() as task:
-            task.write(body)
-            task.seek(0)
-            # CTRL+C in the middle of the start would leave a process that we know nothing of.
-            interrupts = []
-            handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append("CTRL+C"))
-            try:
-                process = subprocess.Popen(self.command, stdin=task, start_new_session=True)
-            except OSError as error:
-                raise Unable(f"Can't run {self.command[0]}: {explain(error)}") from None
-            finally:
-                signal.signal(signal.SIGINT, handler)
-        begin = time.monotonic()
+        process = None
         try:
-            if interrupts:
-                raise KeyboardInterrupt
+            with interrupts_held_back():  # or the start might leave a process that nobody knows of
+                process = self.start_command(body)
+            begin = time.monotonic()
             while process.poll() is None:
                 now = time.monotonic()
                 wait_until(now + min(max(0.001, (now - begin) / 10), 0.1))
@@ -239,13 +228,23 @@ class Worker:
             end(process, ch.connection.sleep)
             raise
         except BaseException:  # CTRL+C, or the connection is lost
-            end(process, time.sleep)
+            if process:
+                end(process, time.sleep)
             raise
         if process.returncode < 0:
             name = signal.strsignal(-process.returncode)
             raise Failed(f"signal {-process.returncode}: {name}")
         if process.returncode:
             raise Failed(f"exit status {process.returncode}")
+
+    def start_command(self, body):
+        with tempfile.TemporaryFile() as task:
+            task.write(body)
+            task.seek(0)
+            try:
+                return subprocess.Popen(self.command, stdin=task, start_new_session=True)
+            except OSError as error:
+                raise Unable(f"Can't run {self.command[0]}: {explain(error)}") from None
 
     def set_aside(self, ch, properties, body, failure):
         """Publish a failed task, to come back after the delay or as a dead letter."""
@@ -302,6 +301,18 @@ def lasting(headers, queue):
         passing += "|x-death|x-(first|last)-death-.*"
     # A name that is not UTF-8 comes as bytes.
     return {name: headers[name] for name in headers if not re.fullmatch(passing, str(name))}
+
+
+@contextlib.contextmanager
+def interrupts_held_back():
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append("CTRL+C"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if interrupts:
+            raise KeyboardInterrupt
 
 
 def end(process, sleep):
