@@ -218,12 +218,13 @@ class Worker:
     def run_command(self, ch, body, wait_until):
         process = None
         try:
-            with interrupts_held_back():  # or the start might leave a process that nobody knows of
+            # An interrupt amid the start, or in poll(), would leave a process, or a lock, behind.
+            with interrupts_held_back() as interrupts:
                 process = self.start_command(body)
-            begin = time.monotonic()
-            while process.poll() is None:
-                now = time.monotonic()
-                wait_until(now + min(max(0.001, (now - begin) / 10), 0.1))
+                begin = time.monotonic()
+                while process.poll() is None and not interrupts:
+                    now = time.monotonic()
+                    wait_until(now + min(max(0.001, (now - begin) / 10), 0.1))
         except Failed:
             end(process, ch.connection.sleep)
             raise
@@ -305,10 +306,11 @@ def lasting(headers, queue):
 
 @contextlib.contextmanager
 def interrupts_held_back():
+    """Raise KeyboardInterrupt at the end; until then, only note CTRL+C in the list yielded."""
     interrupts = []
     handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append("CTRL+C"))
     try:
-        yield
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, handler)
         if interrupts:

@@ -21,12 +21,12 @@ def queues(broker):
     return lambda: broker.rabbitctl_output("-q", "list_queues", "name").split()
 
 
-def port_mappers():
+def port_mappers(folder):
     """Erlang's port mappers (epmd) that a demo's broker has started and left running."""
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-            if process.name() == "epmd" and "/demo-" in process.environ().get("HOME", ""):
+            if process.name() == "epmd" and str(folder) in process.environ().get("HOME", ""):
                 left.append(process)
     return left
 
@@ -65,11 +65,12 @@ def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, queues
 @pytest.mark.parametrize(
     "moment", ["Waiting for the broker", "round-robin", "|H1", "fair dispatch"]
 )
-def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment):
+def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "AMQP_URL"}
     terminal = pexpect.spawn(
         sys.executable,
         [str(DEMO), *FEW],
-        env={key: value for key, value in os.environ.items() if key != "AMQP_URL"},
+        env={**environment, "TMPDIR": str(tmp_path)},
         timeout=PATIENCE,
         encoding="utf-8",
         dimensions=(24, 80),
@@ -85,7 +86,7 @@ def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment):
     assert "\033[?" not in shown  # no mode was set
     _, alive = psutil.wait_procs(started, timeout=PATIENCE)
     assert not alive
-    assert port_mappers() == []
+    assert port_mappers(tmp_path) == []
 
 
 def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(fragile_broker):
