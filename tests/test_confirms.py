@@ -228,6 +228,7 @@ def streaming(fragile_broker, queue, producer):
     # RabbitMQ notes on disk with a delay of seconds that there is a new quorum queue. Killed
     # before, it starts that queue empty and for ever without a leader, whoever published.
     fragile_broker.rabbitctl_output("eval", "[dets:sync(Table) || Table <- dets:all()].")
+    fragile_broker.settle()
     for ours in started.values():
         write(ours, *BEFORE)
     wait_until(lambda: all(len(ours.out) > 1000 for ours in started.values()))

@@ -18,8 +18,10 @@ def test_workers_and_tasks_outlive_their_broker(fragile_broker, run, send, queue
     in_mid_task = run(fragile_broker, "worker.py", "-q", f"{queue}-busy")
     idle = run(fragile_broker, "worker.py", "-q", f"{queue}-idle")
     idle.wait_for("Waiting")
-    send(fragile_broker, f"{queue}-busy", LONG, "after")
+    in_mid_task.wait_for("Waiting")
     send(fragile_broker, f"{queue}-later", "nobody is here")
+    fragile_broker.settle()
+    send(fragile_broker, f"{queue}-busy", LONG, "after")
     in_mid_task.wait_for("Received")
 
     outage()
