@@ -308,7 +308,9 @@ def lasting(headers, queue):
 def interrupts_held_back():
     """Raise KeyboardInterrupt at the end; until then, only note CTRL+C in the list yielded."""
     interrupts = []
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append("CTRL+C"))
+    handler = signal.getsignal(signal.SIGINT)
+    if handler != signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, lambda *_: interrupts.append("CTRL+C"))
     try:
         yield interrupts
     finally:

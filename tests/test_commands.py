@@ -197,6 +197,20 @@ def test_whenever_ctrl_c_comes_no_command_is_left_running(run, broker, queue, se
         ]
 
 
+def test_a_worker_that_was_started_to_ignore_ctrl_c_does_so(run, broker, queue, send):
+    send(broker, queue, "task")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which its processes inherit
+    try:
+        worker = run(broker, "worker.py", "-q", queue, "sh", "-c", "echo begun; sleep 1")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    worker.wait_for("begun")
+    worker.signal(signal.SIGINT)
+    worker.wait_for("Done")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
 def test_ctrl_c_twice_does_not_wait_for_a_command(run, broker, queue, send):
     send(broker, queue, "task")
     worker = run(broker, "worker.py", "-q", queue, "sh", "-c", STUBBORN)
