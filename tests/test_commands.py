@@ -44,15 +44,13 @@ def running(worker):
     return [psutil.Process(int(pid)) for pid in line.split()[1:]]
 
 
-def none_left(processes):
+def wait_until_none_is_left(processes):
     def alive(process):
         with contextlib.suppress(psutil.NoSuchProcess):
             return process.status() != psutil.STATUS_ZOMBIE  # an orphan that nobody waits for
 
-    deadline = time.monotonic() + 1  # a killed process ends at its next turn on the processor
-    while (left := any(map(alive, processes))) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not left
+    # At once, but for the turn on the processor that a killed process needs to end.
+    wait_until(lambda: not any(map(alive, processes)), timeout=1)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +157,7 @@ def test_the_time_limit_ends_the_commands_whole_process_group(run, broker, queue
     processes = running(worker)
     received = worker.wait_for("Received")
     failed = worker.wait_for("Failed: time limit of 1 s")
-    assert none_left(processes)
+    wait_until_none_is_left(processes)
     if command == POLITE:
         assert "asked" in worker.out
         assert failed - received < 1 + GRACE / 2
@@ -176,7 +174,7 @@ def test_ctrl_c_ends_the_commands_whole_process_group(run, broker, queue, send, 
     processes = running(worker)
     worker.signal(signal.SIGINT)
     assert worker.wait() == 130
-    assert none_left(processes)
+    wait_until_none_is_left(processes)
     assert ("asked" in worker.out) == (command == POLITE)
     assert worker.err == []
     assert broker.bodies(queue) == [b"task"]
@@ -185,7 +183,7 @@ def test_ctrl_c_ends_the_commands_whole_process_group(run, broker, queue, send, 
 def test_whenever_ctrl_c_comes_no_command_is_left_running(run, broker, queue, send):
     send(broker, queue, "task")
     moments = random.Random(1)
-    command = ["sleep", "1234"]
+    command = ["sleep", str(10_000 + os.getpid())]  # no other run's
     for _ in range(20):
         worker = run(broker, "worker.py", "-q", queue, *command)
         worker.wait_for("Received")
@@ -221,7 +219,7 @@ def test_ctrl_c_twice_does_not_wait_for_a_command(run, broker, queue, send):
     worker.signal(signal.SIGINT)
     worker.process.wait(GRACE / 2)
     assert worker.wait() == 130
-    assert none_left(processes)
+    wait_until_none_is_left(processes)
     assert worker.err == []
 
 
@@ -240,7 +238,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_through_its_worker(broker, que
         terminal.expect(pexpect.EOF)
         assert terminal.before == b"^Casked\r\n"
     assert terminal.exitstatus == 130
-    assert none_left(processes)
+    wait_until_none_is_left(processes)
     assert broker.bodies(queue) == [b"task...."]
 
 
@@ -275,7 +273,7 @@ def test_a_lost_connection_ends_the_command_before_the_worker_connects_again(
     processes = running(worker)
     fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
     worker.wait_for("maintenance; trying again")
-    assert none_left(processes)
+    wait_until_none_is_left(processes)
     worker.wait_for("Received 'task' (redelivered)")
 
 
