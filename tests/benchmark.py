@@ -17,14 +17,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import port_for
 import psutil
-from conftest import ROOT, Broker
+from conftest import ROOT, private_broker
 
 PEERS = ROOT / "tests" / "peers"
 TUTORIAL = ROOT / "tests" / "tutorial"
@@ -72,24 +70,23 @@ INSTALLED = {  # how the names of peers begin: whether they are here
 class Bench:
     """Starts commands against a broker and measures them."""
 
-    def __init__(self, broker, folder):
+    def __init__(self, broker, folder, url):
         self.broker = broker
+        self.folder = folder
         self.input = folder / "input"
-        self.vhost = "%2F"
+        self.url = url
 
     def start(self, command, **streams):
         if str(command[0]).startswith("amqp-"):
-            command = [command[0], "--url", self.broker.url, *command[1:]]
-        url = self.broker.url_of(vhost=self.vhost)
-        environment = {**os.environ, "AMQP_URL": url, "dramatiq_queue_prefetch": "1"}
+            command = [command[0], "--url", self.url, *command[1:]]
+        environment = {**os.environ, "AMQP_URL": self.url, "dramatiq_queue_prefetch": "1"}
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **streams}
         return subprocess.Popen(command, env=environment, cwd=PEERS, **streams)
 
     @contextlib.contextmanager
     def queue(self, name):
         """Make a queue anew, where its users agree on how; give what counts its messages."""
-        url = self.broker.url_of(vhost=self.vhost, query="?heartbeat=0")
-        with self.broker.channel(url) as channel:
+        with self.broker.channel(f"{self.url}?heartbeat=0") as channel:
             channel.queue_delete(name)
             if name == "task_queue":
                 channel.queue_declare(name, durable=True)
@@ -247,16 +244,14 @@ SCALE = {  # what: workers, tasks that wait, bytes of each, how many of them are
 
 def scale(bench, options):
     """Classic and quorum queues: sent and done per second, and the memory of a worker."""
-    bench.broker.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
-    bench.broker.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
+    quorum = Bench(bench.broker, bench.folder, bench.broker.add_quorum_vhost())
 
     def measure(workers, tasks, size, done):
         figures = []
-        for bench.vhost in ("%2F", "q"):
-            with bench.queue("task_queue") as waiting:
-                figures.append(tasks / bench.produce(NEW_TASK, tasks, size))
-                figures += bench.consume(WORKER, waiting, tasks, done, workers)
-        bench.vhost = "%2F"
+        for each in (bench, quorum):
+            with each.queue("task_queue") as waiting:
+                figures.append(tasks / each.produce(NEW_TASK, tasks, size))
+                figures += each.consume(WORKER, waiting, tasks, done, workers)
         return figures
 
     rows = []
@@ -288,17 +283,10 @@ def main():
     parser.add_argument("--million", type=int, default=1_000_000, help="for memory")
     parser.add_argument("--runs", type=int, default=3, help="of which medians are taken")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        (data := Path(folder, "broker")).mkdir()
-        broker = Broker(data, port_for.select_random())
-        try:
-            bench = Bench(broker.start(), Path(folder))
-            for name in options.sections or SECTIONS:
-                SECTIONS[name](bench, options)
-        finally:
-            broker.kill()
-            epmd = ["epmd", "-kill"]
-            subprocess.run(epmd, env=broker.envvars, check=False, capture_output=True)
+    with private_broker() as (broker, folder):
+        bench = Bench(broker, folder, broker.url)
+        for name in options.sections or SECTIONS:
+            SECTIONS[name](bench, options)
 
 
 if __name__ == "__main__":

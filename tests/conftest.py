@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -65,6 +66,12 @@ class Broker(RabbitMqExecutor):
         super().kill(*arguments, **options)
         wait_until(lambda: not self.pre_start_check())
         return self
+
+    def add_quorum_vhost(self):
+        """Add a virtual host, in which a plain declaration makes a quorum queue; return its URL."""
+        self.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
+        self.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
+        return self.url_of(vhost="q")
 
     def settle(self):
         """Wait until a queue that was declared is safe from SIGKILL.
@@ -167,13 +174,31 @@ class Script:
         self.process.send_signal(number)
 
 
+@contextlib.contextmanager
+def private_broker():
+    """Run a server for one who is no test; give it, and a folder for whatever else."""
+    # The killed server may still be closing files there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        (folder := Path(name, "broker")).mkdir()
+        broker = Broker(folder, port_for.select_random())
+        try:
+            yield broker.start(), Path(name)
+        finally:
+            broker.kill()
+            end_port_mapper(broker.epmd_port)
+
+
+def end_port_mapper(port):
+    environment = {**os.environ, "ERL_EPMD_PORT": str(port)}
+    subprocess.run(["epmd", "-kill"], env=environment, check=False, capture_output=True)
+
+
 @pytest.fixture(scope="session")
 def epmd_port():
     """A port for Erlang's port mapper, which servers start and would leave running."""
     port = port_for.select_random()
     yield port
-    environment = {**os.environ, "ERL_EPMD_PORT": str(port)}
-    subprocess.run(["epmd", "-kill"], env=environment, check=False, capture_output=True)
+    end_port_mapper(port)
 
 
 @pytest.fixture(scope="session")
@@ -207,9 +232,7 @@ def fragile_broker(new_broker):
 @pytest.fixture(scope="session")
 def vhosts(broker):
     """URLs of two virtual hosts, by the type of queue that a plain declaration makes there."""
-    broker.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
-    broker.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
-    return {"classic": broker.url, "quorum": broker.url_of(vhost="q")}
+    return {"classic": broker.url, "quorum": broker.add_quorum_vhost()}
 
 
 @pytest.fixture

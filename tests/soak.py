@@ -15,13 +15,11 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import port_for
-from conftest import PATIENCE, ROOT, Broker, Script, wait_until
+from conftest import PATIENCE, ROOT, Script, private_broker, wait_until
 
 HEARTBEAT = 2  # seconds
 STALL = 3 * HEARTBEAT  # seconds, longer than the two after which a connection counts as lost
@@ -174,16 +172,8 @@ def main():
     parser.add_argument("--stalls", type=int, default=2, help="of the network")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        (folder / "broker").mkdir()
-        broker = Broker(folder / "broker", port_for.select_random()).start()
-        try:
-            figures = soak(broker, folder, **vars(options))
-        finally:
-            broker.kill()
-            epmd = ["epmd", "-kill"]
-            subprocess.run(epmd, env=broker.envvars, check=False, capture_output=True)
+    with private_broker() as (broker, folder):
+        figures = soak(broker, folder, **vars(options))
     print("| | |\n| --- | --- |")
     for name, value in figures.items():
         print(f"| {name} | {value} |")

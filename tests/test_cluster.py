@@ -17,8 +17,7 @@ def cluster(new_broker):
     """Three nodes, with quorum queues in the virtual host "q"."""
     nodes = [new_broker() for _ in range(3)]
     first = nodes[0]
-    first.rabbitctl_output("add_vhost", "q", "--default-queue-type", "quorum")
-    first.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
+    first.add_quorum_vhost()
     for node in nodes[1:]:
         for command in ("stop_app", "reset"):
             node.rabbitctl_output(command)
