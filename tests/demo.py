@@ -217,39 +217,74 @@ def accepts_connections(port):
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+def listen(handler):
+    """Have CTRL+C and SIGTERM handled so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def interrupt(number, _frame):
+    listen(signal.SIG_IGN)  # all that was started is ended now, however impatient somebody is
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def running(command, **options):
+    """Run a process; kill it at the end.
+
+    It is in a session of its own, as CTRL+C is for the demo, which ends them all.
+    """
+    early = []  # amid the start, an exception would leave the process behind
+    listen(lambda number, _frame: early.append(number))
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        listen(interrupt)
+        if early:
+            interrupt(early[0], None)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # when it has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(process, port):
+    """Wait until a process accepts connections; exit the program if it ends instead."""
+    while not accepts_connections(port):
+        if process.poll() is not None:
+            sys.exit(f"{process.args[0]} has ended, with exit status {process.returncode}")
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def installed_broker(server):
     """Run an installed RabbitMQ server with its own ports and folder; give its URL."""
-    port, epmd = free_port(), free_port()
+    port, dist_port, epmd_port = free_port(), free_port(), free_port()
     # The killed server may still be closing files there.
     with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as folder:
         environment = {
             **os.environ,
             "HOME": folder,
-            "ERL_EPMD_PORT": str(epmd),
-            "ERL_EPMD_RELAXED_COMMAND_CHECK": "true",  # its port mapper may be killed at once
+            "ERL_EPMD_PORT": str(epmd_port),
+            "ERL_FLAGS": "-start_epmd false",  # a daemon would be hard to end
             "RABBITMQ_CONF_ENV_FILE": f"{folder}/none",
             "RABBITMQ_NODENAME": f"demo-{port}@localhost",
             "RABBITMQ_NODE_PORT": str(port),
-            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_DIST_PORT": str(dist_port),
             "RABBITMQ_MNESIA_BASE": folder,
             "RABBITMQ_LOG_BASE": folder,
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
         }
-        process = subprocess.Popen(
-            [server], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            while not accepts_connections(port):
-                if process.poll() is not None:
-                    sys.exit(f"{server} has ended, with exit status {process.returncode}")
-                time.sleep(0.1)
-            yield f"amqp://guest:guest@127.0.0.1:{port}/%2F"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            epmd = ["epmd", "-kill"]
-            subprocess.run(epmd, env=environment, check=False, capture_output=True)
+        quiet = subprocess.DEVNULL
+        with running(["epmd"], env=environment, stderr=quiet) as epmd:  # Erlang's port mapper
+            wait_for(epmd, epmd_port)
+            with running([server], env=environment, cwd=folder, stdout=quiet) as process:
+                try:
+                    wait_for(process, port)
+                    yield f"amqp://guest:guest@127.0.0.1:{port}/%2F"
+                finally:
+                    # Before that port, it starts a node in a session of its own, to start epmd.
+                    wait_for(process, dist_port)
 
 
 @contextlib.contextmanager
@@ -300,23 +335,16 @@ def delete_queue(url):
         time.sleep(0.2)
 
 
-@contextlib.contextmanager
 def script(url, name, *arguments):
     """Run one of the scripts; kill it at the end."""
-    process = subprocess.Popen(
+    return running(
         [sys.executable, ROOT / name, "--queue", QUEUE, *arguments],
         env={**os.environ, "AMQP_URL": url},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # CTRL+C is for the demo, which ends them all
     )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def run(url, play, options, prefetch_count, draw):
@@ -367,24 +395,17 @@ def play_all(url, options):
 
 
 def main():
+    listen(interrupt)
     options = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
-        try:
-            if sys.stdout.isatty():
-                print("Waiting for the broker ...", end="", flush=True)
-            url = stack.enter_context(some_broker())
-            delete_queue(url)
-            stack.callback(delete_queue, url)
-            play_all(url, options)
-        finally:
-            # All that was started is ended now, however impatient somebody is.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if sys.stdout.isatty():
+            print("Waiting for the broker ...", end="", flush=True)
+        url = stack.enter_context(some_broker())
+        delete_queue(url)
+        stack.callback(delete_queue, url)
+        stack.callback(listen, signal.SIG_IGN)  # as all that follows is cleaning up
+        play_all(url, options)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -21,14 +21,14 @@ def queues(broker):
     return lambda: broker.rabbitctl_output("-q", "list_queues", "name").split()
 
 
-def port_mappers(folder):
-    """Erlang's port mappers (epmd) that a demo's broker has started and left running."""
-    left = []
+def of_a_demo(folder, name=""):
+    """The processes of a demo's broker, which is in a folder: all, or those of that name."""
+    found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-            if process.name() == "epmd" and str(folder) in process.environ().get("HOME", ""):
-                left.append(process)
-    return left
+        with contextlib.suppress(psutil.Error):  # others' may not be looked at
+            if name in process.name() and str(folder) in process.environ().get("HOME", ""):
+                found.append(process)
+    return found
 
 
 def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, queues, tmp_path):
@@ -63,9 +63,17 @@ def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, queues
 
 
 @pytest.mark.parametrize(
-    "moment", ["Waiting for the broker", "round-robin", "|H1", "fair dispatch"]
+    ("moment", "beginning"),
+    [
+        ("Waiting for the broker", None),
+        ("Waiting for the broker", "epmd"),
+        ("Waiting for the broker", "beam.smp"),
+        ("round-robin", None),
+        ("|H1", None),
+        ("fair dispatch", None),
+    ],
 )
-def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, tmp_path):
+def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, beginning, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "AMQP_URL"}
     terminal = pexpect.spawn(
         sys.executable,
@@ -77,6 +85,7 @@ def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, tm
     )
     with terminal:
         terminal.expect_exact(moment)
+        wait_until(lambda: not beginning or of_a_demo(tmp_path, beginning))
         started = psutil.Process(terminal.pid).children(recursive=True)
         terminal.sendintr()
         terminal.expect(pexpect.EOF)
@@ -86,7 +95,23 @@ def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, tm
     assert "\033[?" not in shown  # no mode was set
     _, alive = psutil.wait_procs(started, timeout=PATIENCE)
     assert not alive
-    assert port_mappers(tmp_path) == []
+    assert of_a_demo(tmp_path) == []
+
+
+def test_a_server_that_does_not_start_is_reported(tmp_path):
+    (tmp_path / "broken.conf").write_text("broken")
+    environment = {key: value for key, value in os.environ.items() if key != "AMQP_URL"}
+    demo = subprocess.run(
+        [sys.executable, DEMO, *FEW],
+        env={**environment, "RABBITMQ_CONFIG_FILE": str(tmp_path / "broken.conf")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert demo.returncode == 1
+    assert "rabbitmq-server has ended, with exit status" in demo.stderr
+    assert "Traceback" not in demo.stderr
 
 
 def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(fragile_broker):
