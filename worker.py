@@ -59,7 +59,7 @@ HINTS = {  # words of an error: what to do about it
     "Connection refused": "is RabbitMQ running there? To start one: docker compose up -d --wait",
     "AuthenticationError": "check user and password in the URL",
     "AccessDeniedError": "check the virtual host in the URL",
-    "IncompatibleProtocolError": "is that an AMQP port? A TLS port needs amqps://",
+    "IncompatibleProtocolError": "is the broker still starting? Or is it no AMQP port? TLS needs amqps://",
     "CERTIFICATE": "name a CA of your own in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
     "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
     "acknowledgement": "another worker gets the task: raise consumer_timeout in rabbitmq.conf",
