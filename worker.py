@@ -306,16 +306,22 @@ def lasting(headers, queue):
 
 @contextlib.contextmanager
 def interrupts_held_back():
-    """Raise KeyboardInterrupt at the end; until then, only note CTRL+C in the list yielded."""
+    """Raise KeyboardInterrupt at the end; until then, only note CTRL+C in the list yielded.
+
+    A closed terminal is such an interrupt, too.
+    """
     interrupts = []
-    handler = signal.getsignal(signal.SIGINT)
-    if handler != signal.SIG_IGN:  # as it is in the background of a script
-        signal.signal(signal.SIGINT, lambda *_: interrupts.append("CTRL+C"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as it is in the background of a script, or under nohup
+            signal.signal(number, lambda *_: interrupts.append("CTRL+C"))
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if interrupts:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal may send two
             raise KeyboardInterrupt
 
 

@@ -242,6 +242,38 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_through_its_worker(broker, que
     assert broker.bodies(queue) == [b"task...."]
 
 
+@pytest.mark.parametrize("command", [POLITE, STUBBORN])
+def test_a_closed_terminal_ends_the_command(broker, queue, send, command):
+    terminal = pexpect.spawn(
+        sys.executable,
+        [str(ROOT / "worker.py"), "-q", queue, "sh", "-c", command],
+        env={**os.environ, "AMQP_URL": broker.url},
+        timeout=PATIENCE,
+    )
+    send(broker, queue, "task")
+    terminal.expect(r"pids (\d+) (\d+)\r\n")
+    processes = [psutil.Process(int(pid)) for pid in terminal.match.groups()]
+    terminal.kill(signal.SIGHUP)  # from its shell; and from the system:
+    terminal.ptyproc.fileobj.close()
+    assert terminal.wait() == 130
+    wait_until_none_is_left(processes)
+    assert broker.bodies(queue) == [b"task"]
+
+
+def test_a_closed_terminal_is_nothing_to_a_worker_under_nohup(run, broker, queue, send):
+    send(broker, queue, "task")
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which its processes inherit
+    try:
+        worker = run(broker, "worker.py", "-q", queue, "sh", "-c", "echo begun; sleep 1")
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    worker.wait_for("begun")
+    worker.signal(signal.SIGHUP)
+    worker.wait_for("Done")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
 def test_sigterm_lets_the_command_finish(run, broker, queue, send):
     send(broker, queue, "task", "next")
     worker = run(broker, "worker.py", "-q", queue, "sh", "-c", "echo begun; sleep 2; echo finished")
