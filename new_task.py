@@ -144,12 +144,20 @@ class Producer:
         )
 
     def on_confirmed(self, frame):
+        if not self.channel:
+            return  # it is being closed
         tag, multiple = frame.method.delivery_tag, frame.method.multiple
         for answered in range(self.first_tag, tag + 1) if multiple else (tag,):
             self.answers.setdefault(answered, isinstance(frame.method, pika.spec.Basic.Ack))
         while self.first_tag in self.answers:  # in the order of the tasks
             if not self.answers.pop(self.first_tag):
-                self.give_up("The broker refused a task: is its queue full?")
+                refused = "The broker refused a task: is its queue full?"
+                if self.deadline is None:
+                    self.give_up(refused)
+                # Just after a node was lost, its queue may still be electing a leader.
+                self.channel = None
+                self.connection.close(reply_text=refused)
+                return
             self.first_tag += 1
             self.confirmed_line, body = self.unconfirmed.popleft()
             self.confirmed += 1
