@@ -26,6 +26,7 @@ after the work: when a worker dies, another one gets its task. SIGTERM lets a wo
 finish the task in hand. Without a broker, a worker waits for one.
 """
 
+import collections
 import contextlib
 import getopt
 import math
@@ -34,6 +35,7 @@ import re
 import reprlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,303 +44,412 @@ import time
 import pika
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-DEFAULT_URL = "amqp://guest:guest@localhost:5672/%2F"
-LONGEST_PAUSE = 30  # seconds between two attempts to connect; the first is 1 s, then doubled
+LONGEST_PAUSE = 30  # seconds between two attempts to do what can't be done yet
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk
 GRACE = 5  # seconds that a command has to end in, when told to
-MAX_DELIVERIES = 5  # of a task that takes its workers down; quorum queues drop it after 20
+MAX_DELIVERIES = 15  # of a task that is never finished; quorum queues drop it after 20
 
-NUMBERS = {  # option: type, default, lowest and highest value
-    "--prefetch-count": (int, 1, 0, 65535),
-    "--retries": (int, 3, 0, math.inf),
-    "--retry-delay": (float, 30, 0, 4_294_967),  # the broker's milliseconds have 32 bits
-    "--time-limit": (float, math.inf, 0.001, math.inf),
-}
-
-HINTS = {  # words of an error: what to do about it
-    "Connection refused": "is RabbitMQ running there? To start one: docker compose up -d --wait",
-    "AuthenticationError": "check user and password in the URL",
-    "AccessDeniedError": "check the virtual host in the URL",
-    "IncompatibleProtocolError": "is the broker still starting? Or is it no AMQP port? TLS needs amqps://",
-    "CERTIFICATE": "name a CA of your own in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
-    "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
-    "acknowledgement": "another worker gets the task: raise consumer_timeout in rabbitmq.conf",
-    "BlockedTimeout": "the broker takes no messages: it is short of memory or disk space",
-    "NackError": "the broker refused it: is that queue full?",
-    "Exec format": "does it begin with a line like #!/bin/sh?",
-}
-# Login, permission, virtual host, certificate, queue: refused today, refused tomorrow.
-PERMANENT = re.compile(r"\((403|406|530)\b|CERTIFICATE_VERIFY_FAILED")
-
-SHORTENED = reprlib.Repr()
-SHORTENED.maxstring = 200  # characters
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)  # what pika raises
+TERMINATE, INTERRUPT = [signal.SIGTERM], [signal.SIGINT]
+INTERRUPT += [getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 
 
-class Failed(Exception):
-    """The task was not done, for the reason given."""
+class TaskLost(Exception):
+    """The broker has taken the task in hand back, and gives it to another worker."""
 
 
-class Hopeless(Failed):
-    """It was not done, and is not to be tried again."""
-
-
-class Lost(Exception):
-    """The broker took the task back, and start_consuming() will tell why."""
-
-
-class Unable(Exception):
-    """This worker can't go on with its task, which goes back to the queue."""
+class OutputLost(Exception):
+    """Standard output is full, or nobody reads it any more."""
 
 
 class Worker:
-    """Consumes a queue, one task at a time, over as many connections as it takes."""
+    """The tutorial's worker is consume() and callback(); all else is what it leaves out."""
 
-    def __init__(self, nodes, queue, command, *, prefetch_count, retries, retry_delay, time_limit):
+    def __init__(self, nodes, queue, command, prefetch_count, retries, retry_delay, time_limit):
         self.nodes = nodes
-        self.users = [getattr(node.credentials, "username", None) for node in nodes]
         self.queue = queue
         self.command = command  # none: sleep
         self.prefetch_count = prefetch_count
         self.retries = retries
         self.retry_delay = retry_delay
         self.time_limit = time_limit
+        self.pause = 1  # seconds until the next attempt to connect
         self.connected_before = False
-        self.working = False
-        self.stopping = False
-
-    def run(self):
-        """Return after SIGTERM; exit the program if no broker will ever let us work."""
-        signal.signal(signal.SIGTERM, self.on_sigterm)
-        pause = 1
-        while not self.stopping:
-            connection = problem = None
-            try:
-                connection = pika.BlockingConnection(self.nodes)
-                channel = self.consume(connection)
-                pause = 1
-                channel.start_consuming()
-                if not self.stopping:
-                    problem = "The broker cancelled the consumer: its queue was deleted, or moved"
-            except Unable as error:
-                problem, pause = str(error), LONGEST_PAUSE
-            except (pika.exceptions.AMQPError, AMQPConnectorException, OSError) as error:
-                problem = explain(error)
-                if PERMANENT.search(repr(error)) and not self.connected_before:
-                    complain(problem)
-                    sys.exit(1)
-            if connection:
-                with contextlib.suppress(pika.exceptions.AMQPError):
-                    connection.close()
-            if problem and self.stopping:
-                complain(problem)
-            elif problem:
-                complain(f"{problem}; trying again in {pause} s")
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+        self.signals = []  # that have come, to stop this worker
+        self.held_back = []  # those signals that don't end it at once, just now
 
     def consume(self, connection):
-        channel = self.declare(connection, self.queue)
-        channel.basic_qos(prefetch_count=self.prefetch_count)
-        channel.basic_consume(queue=self.queue, on_message_callback=self.callback)
-        self.connected_before = True
-        say(" [*] Waiting for messages. To exit press CTRL+C")
-        return channel
-
-    def declare(self, connection, queue, arguments=None):
-        """Return a channel on which a durable queue with these arguments was declared."""
         channel = connection.channel()
         try:
-            channel.queue_declare(queue=queue, durable=True, arguments=arguments)
+            channel.queue_declare(queue=self.queue, durable=True)
         except pika.exceptions.ChannelClosedByBroker as refusal:
-            asked_for = [f"'{name}'" for name in ("durable", *(arguments or ()))]
-            differs = any(name in refusal.reply_text for name in asked_for)
-            if refusal.reply_code not in (403, 406) or differs:
-                raise
-            # The queue has more properties, or is not this user's to declare. If it is
-            # there, it will do.
-            channel = connection.channel()
-            try:
-                channel.queue_declare(queue=queue, passive=True)
-            except pika.exceptions.ChannelClosedByBroker:
-                raise refusal from None
-        return channel
+            channel = use_as_it_is(connection, self.queue, refusal)
+
+        channel.basic_qos(prefetch_count=self.prefetch_count)
+
+        # The tutorial does the task in this callback. But pika passes on no news while one
+        # runs, not even that the broker took the task back: here the loop below does it.
+        tasks = collections.deque()
+        channel.basic_consume(
+            queue=self.queue, on_message_callback=lambda *task: tasks.append(task)
+        )
+
+        say(" [*] Waiting for messages. To exit press CTRL+C")
+        self.pause = 1
+        self.connected_before = True
+
+        self.held_back = TERMINATE
+        while channel.consumer_tags and not self.signals:
+            if tasks:
+                self.callback(*tasks.popleft())
+            else:
+                self.held_back = []
+                if not self.signals:
+                    connection.process_data_events(time_limit=None)
+                self.held_back = TERMINATE
+        if self.signals:
+            self.stop(channel)
+        raise TaskLost
 
     def callback(self, ch, method, properties, body):
-        self.working = True
-        try:
-            again = " (redelivered)" if method.redelivered else ""
-            say(f" [x] Received {shown(body)}{again}")
-            try:
-                beware(method, properties)
-                self.work(ch, body)
-            except Failed as failure:
-                self.set_aside(ch, properties, body, failure)
-                self.acknowledge(ch, method)
-            else:
-                self.acknowledge(ch, method)
-                say(" [x] Done")
-        except Lost:
-            return
-        finally:
-            self.working = False
-        if self.stopping:  # since acknowledge() asked
-            ch.stop_consuming()
+        say(f" [x] Received {shown(body)}{' (redelivered)' if method.redelivered else ''}")
 
-    def acknowledge(self, ch, method):
-        if self.stopping:
-            ch.stop_consuming()  # first, as the acknowledgement brings the next task
+        deliveries = count(properties, "x-delivery-count") if method.redelivered else 0
+        if deliveries >= MAX_DELIVERIES:
+            failure, retries = f"delivered {deliveries} times, never finished", 0
+        else:
+            failure = self.run_command(ch, body) if self.command else self.sleep(ch, body)
+            retries = self.retries
+        if failure:
+            self.move_failed_task(ch, properties, body, failure, retries)
+
+        if self.signals:
+            ch.stop_consuming()  # or the acknowledgement would bring the next task
         ch.basic_ack(delivery_tag=method.delivery_tag)
+        if not failure:
+            say(" [x] Done")
 
-    def work(self, ch, body):
-        begin = time.monotonic()
-        deadline = begin + self.time_limit
+    # ---- The work: a function for each kind, which returns why it failed, or None ----
 
-        def wait_until(moment):
-            # Unlike time.sleep(), it answers heartbeats.
-            ch.connection.sleep(max(0, min(moment, deadline) - time.monotonic()))
-            if ch.is_closed:
-                raise Lost
-            if moment > deadline:
-                raise Failed(f"time limit of {self.time_limit:g} s")
-
-        if self.command:
-            self.run_command(ch, body, wait_until)
-            return
+    def sleep(self, ch, body):
         dots = body.count(b".")
         on_terminal = dots and sys.stdout and sys.stdout.isatty()
+        begin = time.monotonic()
         try:
             for second in range(1, dots + 1):
-                wait_until(begin + second)
+                self.wait_until(begin + min(second, self.time_limit), ch)
+                if second > self.time_limit:
+                    return f"time limit of {self.time_limit:g} s"
                 if on_terminal:
                     say(".", end="", flush=True)
         finally:
             if on_terminal:
                 say("")
+        return None
 
-    def run_command(self, ch, body, wait_until):
-        process = None
+    def run_command(self, ch, body):
+        self.held_back = TERMINATE + INTERRUPT  # first the command has to be ended
+        process = self.keep_trying(f"run {self.command[0]}", ch, start, self.command, body)
+        begin = now = time.monotonic()
         try:
-            # An interrupt amid the start, or in poll(), would leave a process, or a lock, behind.
-            with interrupts_held_back() as interrupts:
-                process = self.start_command(body)
-                begin = time.monotonic()
-                while process.poll() is None and not interrupts:
-                    now = time.monotonic()
-                    wait_until(now + min(max(0.001, (now - begin) / 10), 0.1))
-        except Failed:
-            end(process, ch.connection.sleep)
-            raise
-        except BaseException:  # CTRL+C, or the connection is lost
-            if process:
-                end(process, time.sleep)
-            raise
+            while process.poll() is None:
+                if now - begin >= self.time_limit:
+                    return f"time limit of {self.time_limit:g} s"
+                look_again = now + min(max(0.001, (now - begin) / 10), 0.1)
+                self.wait_until(min(look_again, begin + self.time_limit), ch)
+                self.exit_if_interrupted()
+                now = time.monotonic()
+        finally:
+            if process.poll() is None:
+                self.end(process, ch.connection)
+            self.held_back = TERMINATE
+
         if process.returncode < 0:
-            name = signal.strsignal(-process.returncode)
-            raise Failed(f"signal {-process.returncode}: {name}")
-        if process.returncode:
-            raise Failed(f"exit status {process.returncode}")
+            return f"signal {-process.returncode}: {signal.strsignal(-process.returncode)}"
+        return f"exit status {process.returncode}" if process.returncode else None
 
-    def start_command(self, body):
-        with tempfile.TemporaryFile() as task:
-            task.write(body)
-            task.seek(0)
-            try:
-                return subprocess.Popen(self.command, stdin=task, start_new_session=True)
-            except OSError as error:
-                raise Unable(f"Can't run {self.command[0]}: {explain(error)}") from None
+    def wait_until(self, moment, ch):
+        """Sleep, but answer heartbeats; raise TaskLost when the broker takes the task back."""
+        while ch.is_open:
+            seconds = moment - time.monotonic()
+            ch.connection.process_data_events(time_limit=max(0, seconds))
+            if not ch.consumer_tags:
+                break
+            if seconds <= 0:
+                return
+        raise TaskLost
 
-    def set_aside(self, ch, properties, body, failure):
-        """Publish a failed task, to come back after the delay or as a dead letter."""
-        headers = lasting(properties.headers or {}, self.queue)
+    def end(self, process, connection):
+        """End a command and all that it has started: politely, after GRACE seconds not."""
+        deadline = time.monotonic() + GRACE
+        left = signal_group(process, signal.SIGTERM)
+        while left and time.monotonic() < deadline:
+            sleep_with_heartbeats(connection, 0.02)
+            left = signal_group(process, 0)
+            if self.signals.count(signal.SIGINT) > 1:
+                break  # who presses CTRL+C once more does not want to wait
+        if signal_group(process, signal.SIGKILL) != "another user's":
+            process.wait()
+            return
+        complain(f"Can't end {self.command[0]}, process {process.pid}, which is another user's")
+        while signal_group(process, 0) == "another user's":  # else it would run beside the next one
+            self.exit_if_interrupted()
+            sleep_with_heartbeats(connection, 0.1)
+
+    # ---- A task that failed: its copy goes to another queue, then it is acknowledged ----
+
+    def move_failed_task(self, ch, properties, body, failure, retries):
+        """Publish a copy to QUEUE.retry or, when all retries are used up, to QUEUE.dlq."""
+        headers, lost = copyable(properties.headers or {})
         # A dead letter that is worked off has all its tries again.
-        tries = 0 if headers.pop("x-last-error", None) else count(headers, "x-retry-count")
-        if tries < self.retries and not isinstance(failure, Hopeless):
-            what_next = f"to be tried again in {self.retry_delay:g} s"
+        tries = 0 if headers.pop("x-last-error", None) else count(properties, "x-retry-count")
+        if tries < retries:
             queue = f"{self.queue}.retry"
-            arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": self.queue}
-            properties.expiration = str(round(1000 * self.retry_delay))
+            what_next = f"to be tried again in {self.retry_delay:g} s"
             headers["x-retry-count"] = tries + 1
+            properties.expiration = str(round(1000 * self.retry_delay))
+            # When a copy expires there, the broker returns it to this queue.
+            arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": self.queue}
         else:
             queue = f"{self.queue}.dlq"
             what_next = f"it goes to {queue}"
-            arguments = None
-            properties.expiration = None  # or the dead letter would be dropped by then
             headers["x-retry-count"] = tries
-            headers["x-last-error"] = str(failure)
+            headers["x-last-error"] = failure
+            properties.expiration = None  # or the dead letter would vanish
+            arguments = None
         properties.headers = headers
-        if properties.user_id not in self.users:
-            properties.user_id = None  # the broker would refuse it
+        properties.user_id = None  # the broker takes no other than the connection's
         properties.delivery_mode = pika.DeliveryMode.Persistent.value
-        say(f" [!] Failed: {failure}; {what_next}")
-        try:
-            channel = self.declare(ch.connection, queue, arguments)
+
+        without = f", without what pika can't send: {', '.join(lost)}" if lost else ""
+        say(f" [!] Failed: {failure}; {what_next}{without}")
+        doing = f"put the failed task into {queue}"
+        self.keep_trying(doing, ch, self.publish, ch, queue, arguments, properties, body)
+
+    def publish(self, ch, queue, arguments, properties, body):
+        # Not on the worker's connection: in an alarm, the broker blocks one that publishes.
+        with pika.BlockingConnection(self.nodes) as connection:
+            channel = declare_for_copies(connection, queue, arguments)
             channel.confirm_delivery()
-            channel.basic_publish("", queue, body, properties, mandatory=True)
-            channel.close()
-        except pika.exceptions.AMQPError as error:
-            raise Unable(f"Can't put the failed task into {queue}: {explain(error)}") from None
+            self.wait_until(time.monotonic(), ch)  # is the task still ours?
+            channel.basic_publish(
+                exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
+            )
 
-    def on_sigterm(self, *_):
-        if not self.working:
-            sys.exit(0)
-        self.stopping = True
+    def keep_trying(self, doing, ch, function, *arguments):
+        """Return what a function returns, as soon as it can. Its task stays in hand meanwhile.
+
+        To give the task back would count as a delivery, and after 20 the broker drops it.
+        """
+        while True:
+            try:
+                return function(*arguments)
+            except ERRORS as error:
+                if not ch.is_open:
+                    raise
+                problem = f"Can't {doing}: {explain(error)}"
+            if self.signals:
+                complain(problem)
+                self.stop(ch)
+            complain(f"{problem}; trying again in {LONGEST_PAUSE} s")
+            again_at = time.monotonic() + LONGEST_PAUSE
+            while time.monotonic() < again_at:
+                self.wait_until(time.monotonic() + 0.1, ch)
+                if self.signals:
+                    self.stop(ch)
+
+    # ---- Connections and signals ----
+
+    def run(self):
+        """Work over one connection after the other; exit if no broker will ever let us in."""
+        if hasattr(signal, "SIGCHLD"):  # ignored, it would make every command a success
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in TERMINATE + INTERRUPT:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or under nohup
+                signal.signal(number, self.on_signal)
+        told = None
+        while True:
+            connection = None
+            try:
+                connection = pika.BlockingConnection(self.nodes)
+                self.consume(connection)
+            except TaskLost:
+                problem = why_lost(connection, self.queue)
+            except ERRORS as error:
+                problem = explain(error)
+                if re.search(PERMANENT, repr(error)) and not self.connected_before:
+                    complain(problem)
+                    sys.exit(1)
+            self.held_back = []
+            if self.signals:
+                complain(problem)
+                self.exit()
+            if connection:
+                with contextlib.suppress(pika.exceptions.AMQPError):
+                    connection.close()
+            without_hint = problem.partition("; ")[0] if problem == told else problem
+            told = problem
+            complain(f"{without_hint}; trying again in {self.pause} s")
+            time.sleep(self.pause)
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def on_signal(self, number, _):
+        self.signals.append(number)
+        if number not in self.held_back:
+            self.exit()
+
+    def exit_if_interrupted(self):
+        if any(number in INTERRUPT for number in self.signals):
+            sys.exit(130)
+
+    def exit(self):
+        self.exit_if_interrupted()
+        sys.exit(0)  # after SIGTERM
+
+    def stop(self, channel):
+        """Give back the tasks that were not begun, or can't be finished, and exit."""
+        self.held_back = []
+        channel.stop_consuming()
+        channel.basic_nack(0, multiple=True, requeue=True)
+        channel.connection.close()
+        self.exit()
 
 
-def beware(method, properties):
-    """Raise Hopeless for a task that was begun again and again, and never finished."""
-    deliveries = count(properties.headers or {}, "x-delivery-count")  # by quorum queues
-    if method.redelivered and deliveries >= MAX_DELIVERIES:
-        raise Hopeless(f"begun {deliveries} times and never finished, does it kill its worker?")
+def start(command, body):
+    """Start a command in a process group of its own, with a task as its standard input."""
+    with tempfile.TemporaryFile() as task:
+        task.write(body)
+        task.seek(0)
+        return subprocess.Popen(command, stdin=task, start_new_session=True)
 
 
-def count(headers, name):
-    return max(0, headers[name]) if isinstance(headers.get(name), int) else 0
+def signal_group(process, number):
+    """Send a signal to a command and all that it has started, 0 for none; tell what is left."""
+    process.poll()  # or a command that has ended would still be there
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return "another user's"
+    return "ours"
 
 
-def lasting(headers, queue):
-    """Return a task's headers without those that the broker adds on its way through queues."""
-    passing = "x-(delivery|acquired)-count"
-    if headers.get("x-first-death-queue") == f"{queue}.retry":  # so it died nowhere else
-        passing += "|x-death|x-(first|last)-death-.*"
-    # A name that is not UTF-8 comes as bytes.
-    return {name: headers[name] for name in headers if not re.fullmatch(passing, str(name))}
+def sleep_with_heartbeats(connection, seconds):
+    if connection.is_open:
+        with contextlib.suppress(pika.exceptions.AMQPError):
+            connection.sleep(seconds)
+    else:
+        time.sleep(seconds)
 
 
-@contextlib.contextmanager
-def interrupts_held_back():
-    """Raise KeyboardInterrupt at the end; until then, only note CTRL+C in the list yielded.
+# ---- Queues and messages ----
 
-    A closed terminal is such an interrupt, too.
+# How the broker says which property of a queue differs from what was asked for.
+DIFFERENCE = r"arg '(x-[\w-]+)' .* current is (?:the value )?'([^']*)'"
+# Headers by which it would route, count or drop a copy.
+NOT_COPIED = "CC|BCC|x-death|x-(first|last)-death-.*|x-(delivery|acquired)-count"
+
+
+def use_as_it_is(connection, queue, refusal):
+    """Return a new channel, for a queue that the broker has refused to declare as asked.
+
+    It has other properties (406), or this user may not configure it (403). As long as it is
+    there, and durable, it will do. Otherwise: raise why not.
     """
-    interrupts = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as it is in the background of a script, or under nohup
-            signal.signal(number, lambda *_: interrupts.append("CTRL+C"))
+    if refusal.reply_code not in (403, 406) or "'durable'" in refusal.reply_text:
+        raise refusal
+    channel = connection.channel()
     try:
-        yield interrupts
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if interrupts:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal may send two
-            raise KeyboardInterrupt
+        channel.queue_declare(queue=queue, passive=True)
+    except pika.exceptions.ChannelClosedByBroker:
+        raise refusal from None
+    return channel
 
 
-def end(process, sleep):
-    """End a command and its whole process group: politely, after GRACE seconds not."""
-    deadline = time.monotonic() + GRACE
+def declare_for_copies(connection, queue, arguments):
+    """Return a channel, with the queue declared, that failed tasks are to go to.
+
+    With arguments, their copies have to come back from there: a queue that is there may have
+    more properties, as long as these hold and it does not expire itself. The broker names only
+    the first one that differs: so ask again with that one, too, until all are known.
+    """
+    while True:
+        channel = connection.channel()
+        try:
+            channel.queue_declare(queue=queue, durable=True, arguments=arguments)
+            return channel
+        except pika.exceptions.ChannelClosedByBroker as refusal:
+            if refusal.reply_code == 403 or not arguments:
+                return use_as_it_is(connection, queue, refusal)
+            found = re.search(DIFFERENCE, refusal.reply_text)
+            if not found or found[1] in {*arguments, "x-expires"}:
+                raise
+            name, value = found.groups()
+            value = True if value == "true" else int(value) if value.isdigit() else value
+            arguments = {**arguments, name: value}
+
+
+def why_lost(connection, queue):
+    """Say why the broker has taken its tasks back. Whether the queue is still there tells."""
     try:
-        with contextlib.suppress(ProcessLookupError):  # when all of them have ended
-            os.killpg(process.pid, signal.SIGTERM)
-            while time.monotonic() < deadline:
-                sleep(0.02)
-                process.poll()
-                os.killpg(process.pid, 0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        connection.channel().queue_declare(queue=queue, passive=True)
+    except pika.exceptions.ChannelClosedByBroker as error:
+        return f"The broker cancelled the consumer, its queue is gone: {explain(error)}"
+    except pika.exceptions.AMQPError as error:
+        return explain(error)
+    return (
+        "The broker cancelled the consumer: for tasks that take longer than consumer_timeout, "
+        "raise consumer_timeout in rabbitmq.conf"
+    )
+
+
+def count(properties, name):
+    """Return the number in a header, 0 where a stranger has put something else there."""
+    value = (properties.headers or {}).get(name)
+    return max(0, value) if isinstance(value, int) else 0
+
+
+def copyable(headers):
+    """Return the sender's headers, and the names of those that pika has read but can't send."""
+    kept, lost = {}, []
+    for name, value in headers.items():
+        # By these the broker would route, count or drop the copy. A name that is not UTF-8 comes
+        # as bytes.
+        if re.fullmatch(NOT_COPIED, str(name)):
+            continue
+        try:
+            pika.BasicProperties(headers={name: value}).encode()
+            kept[name] = value
+        except Exception:  # pika lets pass what struct raises, and more
+            lost.append(shown(name))
+    return kept, lost
+
+
+# ---- The terminal ----
+
+HINTS = {  # words of an error: what to do about it
+    "Connection refused": "is RabbitMQ running there? To start it: docker compose up -d --wait, "
+    "or: sudo systemctl start rabbitmq-server",
+    "AuthenticationError": "check user and password in the URL",
+    "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
+    "IncompatibleProtocolError": "is the broker still starting? Or is it no AMQP port? "
+    "TLS needs amqps://",
+    "WRONG_VERSION_NUMBER": "is it a port without TLS? Then the URL begins with amqp://",
+    "CERTIFICATE": "name a CA of your own in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
+    "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
+    "lost: ValueError": "pika can't read a message of this queue; a date past the year 9999 in its "
+    "headers is such a case. Take it out in RabbitMQ's management page: Get messages, "
+    "Automatic ack",
+    "BlockedTimeout": "the broker takes no messages: it is short of memory or disk space",
+    "NackError": "the broker refused it: is that queue full?",
+    "Exec format": "does it begin with a line like #!/bin/sh?",
+}
+# Login, virtual host, permission, queue, certificate: refused today, refused tomorrow.
+PERMANENT = r"\((403|406|530)\)(?!.*( limit |exclusive))|CERTIFICATE_VERIFY_FAILED"
+
+SHORTENED = reprlib.Repr()
+SHORTENED.maxstring = 200  # characters
 
 
 def shown(body):
@@ -352,91 +463,122 @@ def say(line, **options):
     except OSError as error:
         # Python would try once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # the end of `| head` is no error
-            complain(f"Can't write to standard output: {error}")
-        sys.exit(1)
+        raise OutputLost(error) from None
 
 
 def complain(text):
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    print(f" [!] {text}", file=sys.stderr)
+    """Write a line to standard error. Nobody may be there to read it: that is no error."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    if sys.stderr:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f" [!] {line}\n".encode(errors="backslashreplace"))
 
 
 def explain(error):
-    """Return the error that pika has wrapped in others, on one line, with a hint."""
+    """Return on one line the error that pika has wrapped in others, and what to do about it."""
     while inner := getattr(error, "exception", None) or next(
         (arg for arg in error.args if isinstance(arg, Exception)), None
     ):
         error = inner
     text = getattr(error, "reply_text", None) or f"{type(error).__name__}: {error}"
-    return "; ".join([text, *(hint for words, hint in HINTS.items() if words in text)])
+    return "; ".join([text, *(hint for words, hint in HINTS.items() if re.search(words, text))])
+
+
+# ---- The command line ----
+
+DEFAULTS = {  # option: its value where it is not given
+    "--url": os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F",
+    "--queue": "task_queue",
+    "--prefetch-count": "1",
+    "--retries": "3",
+    "--retry-delay": "30",
+    "--time-limit": "inf",
+}
+LETTERS = "u:q:p:h"
+SHORT = {"-u": "--url", "-q": "--queue", "-p": "--prefetch-count", "-h": "--help"}
+LONGEST_NAME = 249  # bytes of a queue's name: with .retry behind it, it has the 255 of AMQP
+
+NUMBERS = {  # option: type, lowest and highest value, and how to call these
+    "--prefetch-count": (int, 0, 65535, "a whole number from 0 to 65535"),
+    "--retries": (int, 0, math.inf, "a whole number, 0 or more"),
+    "--retry-delay": (float, 0, 4_294_967, "seconds, from 0 to 4294967"),  # 32 bits of ms
+    "--time-limit": (float, 0.001, math.inf, "seconds, 0.001 or more"),
+}
+
+
+def read_command_line():
+    """Return the options' values by name, and the words behind them."""
+    names = ["help", *(f"{name[2:]}=" for name in DEFAULTS)]
+    try:
+        # Unlike argparse, it takes all from the first word on as it is.
+        given, words = getopt.getopt(sys.argv[1:], LETTERS, names)
+    except getopt.GetoptError as error:
+        wrong_usage(error.msg.partition(":")[0])  # behind it, a password might follow
+    options = {**DEFAULTS, **{SHORT.get(name, name): value for name, value in given}}
+    if "--help" in options:
+        say(__doc__.strip())
+        sys.exit()
+    queue = options["--queue"]
+    if not queue.isprintable() or not 0 < len(queue.encode()) <= LONGEST_NAME:
+        wrong_usage(f"--queue: expected 1 to {LONGEST_NAME} bytes, not {SHORTENED.repr(queue)}")
+    return options, words
+
+
+def number(options, name):
+    kind, lowest, highest, expected = NUMBERS[name]
+    with contextlib.suppress(ValueError):
+        if lowest <= kind(options[name]) <= highest:
+            return kind(options[name])
+    return wrong_usage(f"{name}: expected {expected}")
+
+
+def wrong_usage(problem):
+    complain(f"{problem} (see {os.path.basename(sys.argv[0])} --help)")
+    sys.exit(2)
 
 
 def nodes_of(urls):
-    """Parse comma-separated AMQP URLs into a list of pika's connection parameters."""
+    """Return pika's connection parameters for each of some comma-separated AMQP URLs."""
     nodes = []
     for url in re.split(",(?=amqps?://)", urls):
         try:
+            # With a character in the password that should be escaped, a piece of it would be
+            # taken for the host, and printed.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
-            nodes.append(pika.URLParameters(url))
-            nodes[-1].host.encode("idna")
+            node = pika.URLParameters(url)
+            node.host.encode("idna")
         except Exception:
             # Whatever pika stumbled on. Its message may quote a password, so it is not shown.
-            raise ValueError(
+            wrong_usage(
                 "URL: expected amqp://USER:PASSWORD@HOST:PORT/VHOST, special characters as in %40"
-            ) from None
-        if nodes[-1].blocked_connection_timeout is None:
-            nodes[-1].blocked_connection_timeout = BLOCKED_FOR
+            )
+        if node.blocked_connection_timeout is None:
+            node.blocked_connection_timeout = BLOCKED_FOR
+        name = f"{os.path.basename(sys.argv[0])}, process {os.getpid()} on {socket.gethostname()}"
+        node.client_properties = {"connection_name": name, **(node.client_properties or {})}
+        nodes.append(node)
     return nodes
-
-
-def number(option, text):
-    kind, _, lowest, highest = NUMBERS[option]
-    with contextlib.suppress(ValueError):
-        if lowest <= kind(text) <= highest:
-            return kind(text)
-    raise ValueError(f"{option}: expected a number from {lowest} to {highest}")
-
-
-def parse_arguments():
-    """Return the command line: connection parameters, queue name, command, and numbers by name."""
-    given = {"--url": os.environ.get("AMQP_URL") or DEFAULT_URL, "--queue": "task_queue"}
-    short = {"-u": "--url", "-q": "--queue", "-p": "--prefetch-count", "-h": "--help"}
-    names = ["help", *(f"{option[2:]}=" for option in (*given, *NUMBERS))]
-    try:
-        options, command = getopt.getopt(sys.argv[1:], "u:q:p:h", names)
-        given.update((short.get(option, option), value) for option, value in options)
-        if "--help" in given:
-            say(__doc__.strip())
-            sys.exit()
-        queue = given["--queue"]
-        if not queue.isprintable() or not 0 < len(queue.encode()) < 256:
-            raise ValueError(f"--queue: there is no such name: {SHORTENED.repr(queue)}")
-        numbers = {
-            option[2:].replace("-", "_"): number(option, given.get(option, default))
-            for option, (_, default, _, _) in NUMBERS.items()
-        }
-        return nodes_of(given["--url"]), queue, command, numbers
-    except getopt.GetoptError as error:
-        problem = error.msg.partition(":")[0]  # behind it, a password might follow
-    except ValueError as error:
-        problem = error
-    complain(f"{problem} (see worker.py --help)")
-    sys.exit(2)
 
 
 def main():
     if sys.stdout:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    nodes, queue, command, numbers = parse_arguments()
+    options, command = read_command_line()
+    nodes = nodes_of(options["--url"])
+    numbers = [number(options, name) for name in NUMBERS]
     if command and not shutil.which(command[0]):
         complain(f"Can't run {command[0]}: there is no such command, or it is not executable")
         sys.exit(1)
+    if command and not hasattr(os, "killpg"):
+        complain("Can't run commands on this system, which has no process groups")
+        sys.exit(1)
     try:
-        Worker(nodes, queue, command, **numbers).run()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        Worker(nodes, options["--queue"], command, *numbers).run()
+    except OutputLost as lost:
+        if not isinstance(lost.args[0], BrokenPipeError):  # the end of `| head` is no error
+            complain(f"Can't write to standard output: {explain(lost)}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

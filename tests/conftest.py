@@ -73,6 +73,10 @@ class Broker(RabbitMqExecutor):
         self.rabbitctl_output("set_permissions", "-p", "q", "guest", ".*", ".*", ".*")
         return self.url_of(vhost="q")
 
+    def version(self):
+        """The server's version, as (major, minor)."""
+        return tuple(map(int, self.rabbitctl_output("-q", "version").split(".")[:2]))
+
     def settle(self):
         """Wait until a queue that was declared is safe from SIGKILL.
 
@@ -90,14 +94,14 @@ class Broker(RabbitMqExecutor):
         with pika.BlockingConnection(pika.URLParameters(url or self.url)) as connection:
             yield connection.channel()
 
-    def ready(self, queue):
+    def ready(self, queue, url=None):
         """The number of messages in a queue that no consumer holds."""
-        with self.channel() as channel:
+        with self.channel(url) as channel:
             return channel.queue_declare(queue, passive=True).method.message_count
 
-    def bodies(self, queue):
+    def bodies(self, queue, url=None):
         """Take every ready message out of a queue, and return what they say."""
-        with self.channel() as channel:
+        with self.channel(url) as channel:
             got = iter(lambda: channel.basic_get(queue, auto_ack=True)[2], None)
             return list(got)
 
@@ -248,7 +252,8 @@ def run():
 
     def start(broker, name, *arguments, url=None, **options):
         url = url or getattr(broker, "url", None) or broker
-        scripts.append(Script([ROOT / name, *arguments], url, **options))
+        path = name if name == "-c" else ROOT / name
+        scripts.append(Script([path, *arguments], url, **options))
         return scripts[-1]
 
     yield start

@@ -4,20 +4,25 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pexpect
 import psutil
 import pytest
-from conftest import PATIENCE, ROOT, wait_until
+from conftest import PATIENCE, ROOT, Script, wait_until
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 GRACE = 5  # seconds between "please" and SIGKILL
 RANDOM = random.Random(1)
+
+EXEC = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"  # for programs not in Python
 
 # Two processes that tell their ids; the first says so when it is asked to end.
 POLITE = "trap 'echo asked; exit' TERM; sleep 20 & echo pids $$ $!; wait"
@@ -131,9 +136,28 @@ def test_a_command_that_can_no_longer_be_run_does_not_fail_its_task(
     send(broker, queue, "task")
     worker = run(broker, "worker.py", "-q", queue, command)
     worker.wait_for("#!/bin/sh")
-    assert worker.process.poll() is None
-    wait_until(lambda: broker.ready(queue) == 1)
+    assert worker.err[0].endswith("trying again in 30 s")
+    assert broker.ready(queue) == 0  # for it stays in hand
+    command.write_text("#!/bin/sh\necho mended")
+    worker.wait_for("mended")
+    worker.wait_for("Done")
+    assert worker.out.count(" [x] Received 'task'") == 1
     assert len(worker.err) == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_ends_a_worker_whose_command_can_no_longer_be_run(
+    run, broker, queue, send, tmp_path, number, status
+):
+    command = tmp_path / "command"
+    command.write_text("no first line that names an interpreter")
+    command.chmod(0o755)
+    send(broker, queue, "task", "next")
+    worker = run(broker, "worker.py", "-q", queue, "--prefetch-count", "2", command)
+    worker.wait_for("trying again in 30 s")
+    worker.signal(signal.Signals[number])
+    assert worker.wait(timeout=5) == status
+    wait_until(lambda: broker.ready(queue) == 2)
 
 
 def test_nothing_of_a_task_reaches_a_shell_the_arguments_or_the_environment(
@@ -323,3 +347,113 @@ def test_a_command_costs_no_more_than_5_ms_over_its_start(run, broker, queue, se
     took = [after - before for before, after in zip(done, done[1:])]
     quickly = [statistics.quantiles(times, n=4)[0] for times in (took, started)]  # not disturbed
     assert quickly[0] - quickly[1] < 0.005
+
+
+def test_a_command_that_ends_just_in_time_is_done(run, broker, queue, send):
+    # As long as the steps in which the worker looks are, just before the limit.
+    send(broker, queue, "task")
+    command = ["sh", "-c", "sleep 1.95; echo finished"]
+    worker = run(broker, "worker.py", "-q", queue, "--time-limit", "2", *command)
+    worker.wait_for("finished")
+    worker.wait_for("Done")
+    assert not any("Failed" in line for line in worker.out)
+
+
+def test_a_command_fails_also_where_child_processes_are_ignored(run, broker, queue, send):
+    send(broker, queue, "task")
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # which its processes inherit
+    try:
+        worker = run(broker, "worker.py", "-q", queue, "false")
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    worker.wait_for("Failed: exit status 1")
+
+
+@pytest.mark.parametrize("command", [POLITE, STUBBORN])
+def test_sigquit_ends_a_worker_and_its_command_as_ctrl_c_does(run, broker, queue, send, command):
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", command)
+    processes = running(worker)
+    worker.signal(signal.SIGQUIT)
+    assert worker.wait() == 130
+    wait_until_none_is_left(processes)
+    assert worker.err == []
+    assert broker.bodies(queue) == [b"task"]
+
+
+def test_a_command_finds_the_brokers_url_in_its_environment(run, broker, queue, send):
+    send(broker, queue, "task")
+    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", "echo $AMQP_URL")
+    worker.wait_for("Done")
+    assert worker.out[2] == broker.url
+
+
+def test_a_command_can_send_tasks_itself(run, broker, queue, send):
+    send(broker, queue, "first", "second")
+    command = [sys.executable, ROOT / "new_task.py", "-q", f"{queue}-next", "-"]
+    worker = run(broker, "worker.py", "-q", queue, *command)
+    worker.wait_for("Done", times=2)
+    assert broker.bodies(f"{queue}-next") == [b"first", b"second"]
+
+
+def test_without_room_for_the_tasks_file_the_task_stays_in_hand(run, broker, queue, publish):
+    publish(b"x" * 100_000)
+    limited = ["sh", "-c", 'ulimit -f 10; exec "$@"', "sh", sys.executable, ROOT / "worker.py"]
+    worker = Script(["-c", EXEC, *limited, "-q", queue, "wc", "-c"], broker.url)
+    try:
+        worker.wait_for("trying again in 30 s")
+        assert "Can't run wc" in worker.err[0]
+        assert broker.ready(queue) == 0
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert broker.ready(queue) == 1
+    finally:
+        worker.end()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make commands another user's")
+class TestAnotherUsersCommand:
+    """As of sudo: here the worker is nobody's, and its command becomes root's."""
+
+    @pytest.fixture
+    def start(self, broker, queue, send):
+        started = []
+        folder = Path(tempfile.mkdtemp())  # pytest's own are closed to others
+        folder.chmod(0o755)
+
+        def start(*options, script="echo pids $$; exec sleep 30"):
+            as_root = shutil.copy(shutil.which("setpriv"), folder)
+            os.chmod(as_root, 0o4755)
+            command = [as_root, "--reuid=0", "--regid=0", "--clear-groups", "sh", "-c", script]
+            nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            shutil.copy(ROOT / "worker.py", folder)
+            worker = [sys.executable, folder / "worker.py", "-q", queue, *options]
+            send(broker, queue, "task", "next")
+            started.append(Script(["-c", EXEC, *nobody, *worker, "--", *command], broker.url))
+            return started[-1]
+
+        yield start
+        for script in started:
+            script.end()
+        shutil.rmtree(folder)
+
+    def test_at_its_time_limit_the_worker_says_that_it_cannot_end_it_and_waits(self, start):
+        worker = start("--time-limit", "1", script="echo pids $$; exec sleep 9")
+        (process,) = running(worker)
+        worker.wait_for("another user's", timeout=15)
+        assert process.is_running()
+        worker.wait_for("Failed: time limit of 1 s")
+        assert not process.is_running()
+        worker.wait_for("Received 'next'")
+        assert len([line for line in worker.err if "another user's" in line]) == 1
+
+    def test_ctrl_c_ends_the_worker_and_says_what_is_left(self, start):
+        worker = start()
+        (process,) = running(worker)
+        worker.signal(signal.SIGINT)
+        assert worker.process.wait(timeout=15) == 130
+        worker.wait_for("another user's")
+        (line,) = worker.err
+        assert "another user's" in line
+        assert str(process.pid) in line
+        process.kill()

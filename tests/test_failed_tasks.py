@@ -2,8 +2,10 @@
 
 import contextlib
 import signal
+import struct
 
 import pika
+import pika.data
 import pytest
 from conftest import wait_until
 
@@ -18,7 +20,6 @@ PROPERTIES = {
     "message_id": "m-1",
     "timestamp": 1_700_000_000,
     "type": "task",
-    "user_id": "guest",
     "app_id": "tests",
 }
 HEADERS = {"tenant": "Zoë", "attempt": 7, "nested": {"list": [1, None, True]}, "x-mine": "kept"}
@@ -141,53 +142,154 @@ def test_an_expiration_does_not_make_a_dead_letter_vanish(run, url, queue, publi
     assert dead_letter()[0].expiration is None
 
 
-def test_a_task_in_another_users_name_is_tried_again(run, broker, queue, careful):
-    with broker.channel(careful) as channel:
+@pytest.mark.parametrize("user", ["guest", "careful"])
+def test_the_name_of_the_user_who_sent_a_task_is_not_on_its_copy(run, broker, queue, careful, user):
+    sender = {"guest": broker.url, "careful": careful}[user]
+    with broker.channel(sender) as channel:
         channel.queue_declare(queue, durable=True)
-        channel.basic_publish("", queue, b"task", pika.BasicProperties(user_id="careful"))
-    worker = run(broker, "worker.py", "-q", queue, *SOON, *FAIL)
-    worker.wait_for("Received 'task'", times=2)
-
-
-def make_full(broker, queue):
-    limits = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        channel.basic_publish("", queue, b"task", pika.BasicProperties(user_id=user))
+    worker = run(broker, "worker.py", "-q", queue, "--retries", "1", *SOON, *FAIL)
+    worker.wait_for("it goes to")
+    wait_until(lambda: broker.ready(f"{queue}.dlq"))
     with broker.channel() as channel:
+        assert channel.basic_get(f"{queue}.dlq")[1].user_id is None
+
+
+def test_the_headers_by_which_the_broker_would_route_or_count_are_not_on_the_copy(
+    run, broker, url, queue, publish, dead_letter
+):
+    death = [{"queue": queue, "reason": "expired", "count": 1, "exchange": "", "routing-keys": []}]
+    publish(
+        b"task",
+        {
+            **HEADERS,
+            "CC": [queue],
+            "BCC": [queue],
+            "x-death": death,
+            "x-first-death-queue": queue,
+            "x-first-death-reason": "expired",
+            "x-first-death-exchange": "",
+            "x-last-death-queue": queue,
+            "x-delivery-count": 7,
+            "x-acquired-count": 7,
+        },
+    )
+    worker = run(url, "worker.py", "-q", queue, "--retries", "1", *SOON, *FAIL)
+    properties, _ = dead_letter()
+    assert properties.headers == {**HEADERS, "x-retry-count": 1, "x-last-error": "exit status 3"}
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.out.count(" [x] Received 'task'") == 2
+    queues = (queue, f"{queue}.retry", f"{queue}.dlq")
+    assert [left(broker, url, name) for name in queues] == [0, 0, 0]
+
+
+def test_a_header_that_pika_cannot_send_is_left_out_and_named(
+    run, broker, url, queue, dead_letter, monkeypatch
+):
+    def with_floats(pieces, value, encode=pika.data.encode_value):
+        if not isinstance(value, float):
+            return encode(pieces, value)
+        pieces.append(struct.pack(">cd", b"d", value))  # as other clients do
+        return 9
+
+    with broker.channel(url) as channel, monkeypatch.context() as patched:
+        patched.setattr(pika.data, "encode_value", with_floats)
+        channel.queue_declare(queue, durable=True)
+        headers = {"weight": 1e300, "tenant": "Zoë"}
+        channel.basic_publish("", queue, b"task", pika.BasicProperties(headers=headers))
+    worker = run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
+    worker.wait_for("Failed: exit status 3")
+    assert "'weight'" in worker.out[2]
+    properties, body = dead_letter()
+    assert body == b"task"
+    assert properties.headers == {
+        "tenant": "Zoë",
+        "x-retry-count": 0,
+        "x-last-error": "exit status 3",
+    }
+
+
+def make_full(broker, url, queue):
+    limits = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    with broker.channel(url) as channel:
         channel.queue_declare(f"{queue}.dlq", durable=True, arguments=limits)
-        channel.basic_publish("", f"{queue}.dlq", b"in the way")
+        channel.confirm_delivery()
+        with contextlib.suppress(pika.exceptions.NackError):
+            for _ in range(3):  # a quorum queue takes one more
+                channel.basic_publish("", f"{queue}.dlq", b"in the way")
 
 
-def make_transient(broker, queue):
+def make_room(broker, url, queue):
+    with broker.channel(url) as channel:
+        channel.queue_purge(f"{queue}.dlq")
+
+
+def make_transient(broker, url, queue):
     with broker.channel() as channel:
         channel.queue_declare(f"{queue}.dlq")
 
 
-def make_forbidden(broker, queue):
+def make_forbidden(broker, url, queue):
     broker.rabbitctl_output("set_permissions", "careful", "^[^.]*$", ".*", ".*")
 
 
 @pytest.mark.parametrize(
     ("obstacle", "reason"),
     [
-        (make_full, "is that queue full?"),
+        (make_full, "is that queue full"),
         (make_transient, "'durable'"),
         (make_forbidden, "ACCESS_REFUSED"),
     ],
 )
-def test_a_failed_task_that_cannot_be_published_goes_back_to_its_queue(
+def test_a_failed_task_that_cannot_be_published_stays_in_hand_until_sigterm(
     run, broker, queue, send, careful, obstacle, reason
 ):
-    obstacle(broker, queue)
+    obstacle(broker, broker.url, queue)
     send(broker, queue, "task")
     worker = run(careful, "worker.py", "-q", queue, "--retries", "0", *FAIL)
     worker.wait_for(f"Can't put the failed task into {queue}.dlq")
     assert reason in worker.err[-1]
+    assert worker.err[-1].endswith("trying again in 30 s")
+    assert broker.ready(queue) == 0
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     assert broker.bodies(queue) == [b"task"]
 
 
+def test_a_failed_task_stays_in_hand_until_it_can_be_published(
+    run, broker, url, queue, publish, dead_letter
+):
+    make_full(broker, url, queue)
+    publish(b"task")
+    url_of_short_heartbeats = f"{url}?heartbeat=2"
+    worker = run(url_of_short_heartbeats, "worker.py", "-q", queue, "--retries", "0", *FAIL)
+    worker.wait_for("trying again in 30 s", times=2)
+    make_room(broker, url, queue)
+    properties, body = dead_letter()
+    assert body == b"task"
+    assert properties.headers == {"x-retry-count": 0, "x-last-error": "exit status 3"}
+    publish(b"next")
+    worker.wait_for("Received 'next'")
+    assert worker.out.count(" [x] Received 'task'") == 1  # for it was never given back
+    assert len(worker.err) == 2  # nor was the connection lost
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_ends_a_worker_that_has_a_failed_task_in_hand(
+    run, broker, url, queue, publish, number, status
+):
+    make_full(broker, url, queue)
+    publish(b"task")
+    worker = run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
+    worker.wait_for("trying again in 30 s")
+    worker.signal(signal.Signals[number])
+    assert worker.wait(timeout=5) == status
+    wait_until(lambda: left(broker, url, queue) == 1)
+
+
 def test_a_worker_that_is_to_stop_says_too_why_a_task_went_back(run, broker, queue, send):
-    make_full(broker, queue)
+    make_full(broker, broker.url, queue)
     send(broker, queue, "task")
     command = ["sh", "-c", "echo begun; sleep 1; exit 3"]
     worker = run(broker, "worker.py", "-q", queue, "--retries", "0", *command)
@@ -199,35 +301,78 @@ def test_a_worker_that_is_to_stop_says_too_why_a_task_went_back(run, broker, que
     assert broker.bodies(queue) == [b"task"]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"x-dead-letter-exchange": "elsewhere"}])
-def test_a_retry_queue_from_which_no_task_comes_back_is_not_used(
-    run, broker, queue, send, arguments
+BACK = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "QUEUE"}  # the test's own
+
+
+def declare_retry(broker, url, queue, arguments, **options):
+    arguments = {name: queue if text == "QUEUE" else text for name, text in arguments.items()}
+    with broker.channel(url) as channel:
+        channel.queue_declare(f"{queue}.retry", durable=True, arguments=arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"x-dead-letter-exchange": "elsewhere"},
+        {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "elsewhere"},
+        {"x-message-ttl": 1000},
+        {"x-expires": 60_000},
+        {"x-max-length": 1000},
+        {"x-queue-type": "quorum", "x-message-ttl": 1000},
+        {"x-queue-type": "quorum", "x-expires": 60_000, **BACK},
+        {"x-expires": 60_000, **BACK},
+    ],
+    ids=lambda arguments: " ".join(arguments) or "plain",
+)
+def test_a_retry_queue_from_which_a_task_might_not_come_back_is_not_used(
+    run, broker, url, queue, publish, arguments
 ):
-    with broker.channel() as channel:
-        channel.queue_declare(f"{queue}.retry", durable=True, arguments=arguments)
-    send(broker, queue, "task")
-    worker = run(broker, "worker.py", "-q", queue, *FAIL)
+    declare_retry(broker, url, queue, arguments)
+    publish(b"task")
+    worker = run(url, "worker.py", "-q", queue, *FAIL)
     worker.wait_for(f"Can't put the failed task into {queue}.retry")
-    assert "x-dead-letter" in worker.err[-1]
+    assert "PRECONDITION_FAILED" in worker.err[-1]
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
-    assert broker.bodies(queue) == [b"task"]
+    assert [left(broker, url, name) for name in (queue, f"{queue}.retry")] == [1, 0]
 
 
-def test_a_retry_queue_with_more_properties_is_used(run, broker, queue, send):
-    arguments = {
-        "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": queue,
-        "x-queue-type": "quorum",
-    }
-    with broker.channel() as channel:
-        channel.queue_declare(f"{queue}.retry", durable=True, arguments=arguments)
-    send(broker, queue, "task")
-    worker = run(broker, "worker.py", "-q", queue, *SOON, *FAIL)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"x-queue-type": "quorum"},
+        {"x-max-length": 1000},
+        {"x-single-active-consumer": True},
+        {"x-message-ttl": 60_000, "x-max-length-bytes": 10_000_000},
+        {
+            "x-queue-type": "quorum",
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+        },
+    ],
+    ids=lambda more: list(more)[-1],
+)
+def test_a_retry_queue_with_more_properties_is_used(run, broker, url, queue, publish, more):
+    declare_retry(broker, url, queue, {**BACK, **more})
+    publish(b"task")
+    worker = run(url, "worker.py", "-q", queue, *SOON, *FAIL)
     worker.wait_for("Received", times=2)
+    assert worker.err == []
 
 
-def test_under_an_alarm_a_failed_task_goes_back_to_its_queue(run, fragile_broker, queue, send):
+def test_a_user_who_may_not_declare_queues_uses_the_retry_queue_that_is_there(
+    run, broker, queue, send, careful
+):
+    declare_retry(broker, broker.url, queue, {**BACK, "x-message-ttl": 60_000})
+    send(broker, queue, "task")
+    broker.rabbitctl_output("set_permissions", "careful", "^$", ".*", ".*")
+    worker = run(careful, "worker.py", "-q", queue, *SOON, *FAIL)
+    worker.wait_for("Received", times=2)
+    assert worker.err == []
+
+
+def test_under_an_alarm_a_failed_task_stays_in_hand(run, fragile_broker, queue, send):
     send(fragile_broker, queue, "task")
     fragile_broker.rabbitctl_output("set_disk_free_limit", "100000GB")
     try:
@@ -237,33 +382,10 @@ def test_under_an_alarm_a_failed_task_goes_back_to_its_queue(run, fragile_broker
         worker = run(url, "worker.py", "-q", queue, *FAIL)
         worker.wait_for(f"Can't put the failed task into {queue}.retry")
         assert "short of memory or disk" in worker.err[-1]
+        assert fragile_broker.ready(queue) == 0
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
+        assert not any("redelivered" in line for line in worker.out)
     finally:
         fragile_broker.rabbitctl_output("set_disk_free_limit", "50MB")
     assert fragile_broker.bodies(queue) == [b"task"]
-
-
-@pytest.mark.parametrize("url", ["quorum"], indirect=True)
-def test_a_task_that_kills_its_worker_is_a_dead_letter_after_a_handful_of_deliveries(
-    run, broker, url, queue, dead_letter
-):
-    with broker.channel(url) as channel:
-        channel.queue_declare(queue, durable=True)
-        for body in (b"poison", b"behind it"):
-            channel.basic_publish("", queue, body)
-    command = ["sh", "-c", "if grep -q poison; then kill -9 $PPID; fi"]
-    for _ in range(5):
-        worker = run(url, "worker.py", "-q", queue, *command)
-        assert worker.wait() == -signal.SIGKILL
-        assert worker.tasks("Received") == ["poison"]
-    worker = run(url, "worker.py", "-q", queue, *command)
-    worker.wait_for("Done")
-    assert worker.tasks("Received") == ["poison", "behind it"]
-    assert "begun 5 times and never finished" in worker.out[2]
-    properties, body = dead_letter()
-    assert body == b"poison"
-    assert properties.headers == {
-        "x-retry-count": 0,
-        "x-last-error": "begun 5 times and never finished, does it kill its worker?",
-    }
