@@ -98,18 +98,16 @@ class Worker:
         self.pause = 1
         self.connected_before = True
 
-        self.held_back = TERMINATE
-        while channel.consumer_tags and not self.signals:
+        while True:
+            self.hold_back(TERMINATE if tasks else [])
+            connection.process_data_events(time_limit=0 if tasks else None)
+            self.hold_back(TERMINATE)
+            if not channel.consumer_tags:
+                raise TaskLost
             if tasks:
                 self.callback(*tasks.popleft())
-            else:
-                self.held_back = []
-                if not self.signals:
-                    connection.process_data_events(time_limit=None)
-                self.held_back = TERMINATE
-        if self.signals:
-            self.stop(channel)
-        raise TaskLost
+            if self.signals:
+                self.stop(channel)
 
     def callback(self, ch, method, properties, body):
         say(f" [x] Received {shown(body)}{' (redelivered)' if method.redelivered else ''}")
@@ -148,21 +146,20 @@ class Worker:
         return None
 
     def run_command(self, ch, body):
-        self.held_back = TERMINATE + INTERRUPT  # first the command has to be ended
+        self.hold_back(TERMINATE + INTERRUPT)  # first the command has to be ended
         process = self.keep_trying(f"run {self.command[0]}", ch, start, self.command, body)
         begin = now = time.monotonic()
         try:
-            while process.poll() is None:
+            while process.poll() is None and not self.is_interrupted():
                 if now - begin >= self.time_limit:
                     return f"time limit of {self.time_limit:g} s"
                 look_again = now + min(max(0.001, (now - begin) / 10), 0.1)
                 self.wait_until(min(look_again, begin + self.time_limit), ch)
-                self.exit_if_interrupted()
                 now = time.monotonic()
         finally:
             if process.poll() is None:
                 self.end(process, ch.connection)
-            self.held_back = TERMINATE
+            self.hold_back(TERMINATE)
 
         if process.returncode < 0:
             return f"signal {-process.returncode}: {signal.strsignal(-process.returncode)}"
@@ -186,14 +183,14 @@ class Worker:
         while left and time.monotonic() < deadline:
             sleep_with_heartbeats(connection, 0.02)
             left = signal_group(process, 0)
-            if self.signals.count(signal.SIGINT) > 1:
-                break  # who presses CTRL+C once more does not want to wait
+            if self.signals.count(signal.SIGINT) > 1:  # who presses CTRL+C again is in a hurry
+                break
         if signal_group(process, signal.SIGKILL) != "another user's":
             process.wait()
             return
         complain(f"Can't end {self.command[0]}, process {process.pid}, which is another user's")
-        while signal_group(process, 0) == "another user's":  # else it would run beside the next one
-            self.exit_if_interrupted()
+        # Without waiting for its end, there would be two of them.
+        while signal_group(process, 0) == "another user's" and not self.is_interrupted():
             sleep_with_heartbeats(connection, 0.1)
 
     # ---- A task that failed: its copy goes to another queue, then it is acknowledged ----
@@ -280,10 +277,9 @@ class Worker:
                 if re.search(PERMANENT, repr(error)) and not self.connected_before:
                     complain(problem)
                     sys.exit(1)
-            self.held_back = []
             if self.signals:
                 complain(problem)
-                self.exit()
+            self.hold_back([])
             if connection:
                 with contextlib.suppress(pika.exceptions.AMQPError):
                     connection.close()
@@ -295,20 +291,23 @@ class Worker:
 
     def on_signal(self, number, _):
         self.signals.append(number)
-        if number not in self.held_back:
+        self.hold_back(self.held_back)
+
+    def hold_back(self, numbers):
+        """From now on only note these signals. Exit if another one has come."""
+        self.held_back = numbers
+        if set(self.signals) - set(numbers):
             self.exit()
 
-    def exit_if_interrupted(self):
-        if any(number in INTERRUPT for number in self.signals):
-            sys.exit(130)
+    def is_interrupted(self):
+        return any(number in INTERRUPT for number in self.signals)
 
     def exit(self):
-        self.exit_if_interrupted()
-        sys.exit(0)  # after SIGTERM
+        sys.exit(130 if self.is_interrupted() else 0)
 
     def stop(self, channel):
         """Give back the tasks that were not begun, or can't be finished, and exit."""
-        self.held_back = []
+        self.held_back = []  # who can't wait for this may end it
         channel.stop_consuming()
         channel.basic_nack(0, multiple=True, requeue=True)
         channel.connection.close()
@@ -422,7 +421,7 @@ def copyable(headers):
             pika.BasicProperties(headers={name: value}).encode()
             kept[name] = value
         except Exception:  # pika lets pass what struct raises, and more
-            lost.append(shown(name))
+            lost.append(SHORTENED.repr(name))
     return kept, lost
 
 

@@ -95,9 +95,13 @@ class Broker(RabbitMqExecutor):
             yield connection.channel()
 
     def ready(self, queue, url=None):
-        """The number of messages in a queue that no consumer holds."""
+        """The number of messages in a queue that no consumer holds; None if it isn't there."""
         with self.channel(url) as channel:
-            return channel.queue_declare(queue, passive=True).method.message_count
+            try:
+                return channel.queue_declare(queue, passive=True).method.message_count
+            except pika.exceptions.ChannelClosedByBroker as error:
+                assert error.reply_code == 404, error  # noqa: PT017 - this is no test
+                return None
 
     def bodies(self, queue, url=None):
         """Take every ready message out of a queue, and return what they say."""

@@ -3,7 +3,6 @@
 That ends the task in hand, which is another worker's from then on.
 """
 
-import pika
 import psutil
 import pytest
 from conftest import wait_until
@@ -58,14 +57,6 @@ def delete(broker, url, queue):
         channel.queue_delete(queue)
 
 
-def is_there(broker, url, queue):
-    try:
-        broker.ready(queue, url)
-    except pika.exceptions.ChannelClosedByBroker as error:
-        return error.reply_code != 404
-    return True
-
-
 def in_hand(worker, task):
     """The times from which to which a worker had a task in hand, by its output."""
     lines = [
@@ -113,7 +104,7 @@ def test_the_task_of_a_queue_that_was_deleted_ends_at_once(
     (line,) = worker.err
     assert "cancelled the consumer" in line
     assert "consumer_timeout" not in line
-    assert not is_there(broker, url, f"{queue}.retry")
+    assert broker.ready(f"{queue}.retry", url) is None
 
 
 @pytest.mark.parametrize("command", [[], ["sleep", "60"]], ids=["sleep", "command"])
@@ -139,7 +130,7 @@ def test_a_command_that_would_fail_after_consumer_timeout_makes_no_copy(
     worker = start(impatient_url, "--retry-delay", "0", *command)
     send(impatient_url, queue, "task")
     worker.wait_for("raise consumer_timeout", times=3)
-    assert not is_there(impatient_broker, impatient_url, f"{queue}.retry")
+    assert impatient_broker.ready(f"{queue}.retry", impatient_url) is None
     assert not any("Failed" in line for line in worker.out)
 
 

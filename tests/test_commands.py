@@ -25,9 +25,9 @@ RANDOM = random.Random(1)
 EXEC = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"  # for programs not in Python
 
 # Two processes that tell their ids; the first says so when it is asked to end.
-POLITE = "trap 'echo asked; exit' TERM; sleep 20 & echo pids $$ $!; wait"
+POLITE = "trap 'echo asked; exit' TERM; sleep 60 & echo pids $$ $!; wait"
 # Two processes that don't listen.
-STUBBORN = "trap '' TERM; sleep 20 & echo pids $$ $!; wait"
+STUBBORN = "trap '' TERM; sleep 60 & echo pids $$ $!; wait"
 
 
 @pytest.fixture
