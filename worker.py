@@ -50,8 +50,9 @@ GRACE = 5  # seconds that a command has to end in, when told to
 MAX_DELIVERIES = 15  # of a task that is never finished; quorum queues drop it after 20
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)  # what pika raises
-TERMINATE, INTERRUPT = [signal.SIGTERM], [signal.SIGINT]
-INTERRUPT += [getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+# Windows lacks two of these.
+INTERRUPT = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGHUP", "SIGQUIT")}
+ANY_SIGNAL = {signal.SIGTERM, *INTERRUPT}
 
 
 class TaskLost(Exception):
@@ -76,7 +77,7 @@ class Worker:
         self.pause = 1  # seconds until the next attempt to connect
         self.connected_before = False
         self.signals = []  # that have come, to stop this worker
-        self.held_back = []  # those signals that don't end it at once, just now
+        self.exit_signals = ANY_SIGNAL  # those that end it at once; others are only noted
 
     def consume(self, connection):
         channel = connection.channel()
@@ -99,15 +100,15 @@ class Worker:
         self.connected_before = True
 
         while True:
-            self.hold_back(TERMINATE if tasks else [])
+            self.exit_on(INTERRUPT if tasks else ANY_SIGNAL)
             connection.process_data_events(time_limit=0 if tasks else None)
-            self.hold_back(TERMINATE)
+            self.exit_on(INTERRUPT)
             if not channel.consumer_tags:
                 raise TaskLost
-            if tasks:
+            if tasks and not self.signals:
                 self.callback(*tasks.popleft())
             if self.signals:
-                self.stop(channel)
+                self.give_back_and_exit(channel)
 
     def callback(self, ch, method, properties, body):
         say(f" [x] Received {shown(body)}{' (redelivered)' if method.redelivered else ''}")
@@ -146,20 +147,21 @@ class Worker:
         return None
 
     def run_command(self, ch, body):
-        self.hold_back(TERMINATE + INTERRUPT)  # first the command has to be ended
-        process = self.keep_trying(f"run {self.command[0]}", ch, start, self.command, body)
+        self.exit_on(set())  # first the command has to be ended
+        process = self.keep_trying(f"run {self.command[0]}", ch, start_command, self.command, body)
         begin = now = time.monotonic()
         try:
             while process.poll() is None and not self.is_interrupted():
                 if now - begin >= self.time_limit:
                     return f"time limit of {self.time_limit:g} s"
+                # Often at first, so that a short command takes no longer than it needs.
                 look_again = now + min(max(0.001, (now - begin) / 10), 0.1)
                 self.wait_until(min(look_again, begin + self.time_limit), ch)
                 now = time.monotonic()
         finally:
             if process.poll() is None:
-                self.end(process, ch.connection)
-            self.hold_back(TERMINATE)
+                self.end_command(process, ch.connection)
+            self.exit_on(INTERRUPT)
 
         if process.returncode < 0:
             return f"signal {-process.returncode}: {signal.strsignal(-process.returncode)}"
@@ -176,7 +178,7 @@ class Worker:
                 return
         raise TaskLost
 
-    def end(self, process, connection):
+    def end_command(self, process, connection):
         """End a command and all that it has started: politely, after GRACE seconds not."""
         deadline = time.monotonic() + GRACE
         left = signal_group(process, signal.SIGTERM)
@@ -225,13 +227,21 @@ class Worker:
 
     def publish(self, ch, queue, arguments, properties, body):
         # Not on the worker's connection: in an alarm, the broker blocks one that publishes.
-        with pika.BlockingConnection(self.nodes) as connection:
+        connection = pika.BlockingConnection(self.nodes)
+        try:
+            # In an alarm the broker reads no further than the first message, which goes nowhere;
+            # a copy that waited behind it would be published later, once for every attempt.
+            connection.channel().basic_publish(exchange="", routing_key="", body=b"")
             channel = declare_for_copies(connection, queue, arguments)
             channel.confirm_delivery()
             self.wait_until(time.monotonic(), ch)  # is the task still ours?
             channel.basic_publish(
                 exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
             )
+        finally:
+            if not self.is_interrupted():  # in an alarm, it would take BLOCKED_FOR
+                with contextlib.suppress(*ERRORS):
+                    connection.close()
 
     def keep_trying(self, doing, ch, function, *arguments):
         """Return what a function returns, as soon as it can. Its task stays in hand meanwhile.
@@ -247,13 +257,13 @@ class Worker:
                 problem = f"Can't {doing}: {explain(error)}"
             if self.signals:
                 complain(problem)
-                self.stop(ch)
+                self.give_back_and_exit(ch)
             complain(f"{problem}; trying again in {LONGEST_PAUSE} s")
             again_at = time.monotonic() + LONGEST_PAUSE
             while time.monotonic() < again_at:
                 self.wait_until(time.monotonic() + 0.1, ch)
                 if self.signals:
-                    self.stop(ch)
+                    self.give_back_and_exit(ch)
 
     # ---- Connections and signals ----
 
@@ -261,7 +271,7 @@ class Worker:
         """Work over one connection after the other; exit if no broker will ever let us in."""
         if hasattr(signal, "SIGCHLD"):  # ignored, it would make every command a success
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for number in TERMINATE + INTERRUPT:
+        for number in ANY_SIGNAL:
             if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or under nohup
                 signal.signal(number, self.on_signal)
         told = None
@@ -274,47 +284,49 @@ class Worker:
                 problem = why_lost(connection, self.queue)
             except ERRORS as error:
                 problem = explain(error)
-                if re.search(PERMANENT, repr(error)) and not self.connected_before:
+                permanent = re.search(PERMANENT, repr(error)) and not re.search(PASSING, problem)
+                if permanent and not self.connected_before:
                     complain(problem)
                     sys.exit(1)
             if self.signals:
                 complain(problem)
-            self.hold_back([])
+            self.exit_on(ANY_SIGNAL)
+            line = problem.partition("; ")[0] if problem == told else problem  # a hint once
+            told = problem
+            complain(f"{line}; trying again in {self.pause} s")
             if connection:
                 with contextlib.suppress(pika.exceptions.AMQPError):
                     connection.close()
-            without_hint = problem.partition("; ")[0] if problem == told else problem
-            told = problem
-            complain(f"{without_hint}; trying again in {self.pause} s")
             time.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def on_signal(self, number, _):
         self.signals.append(number)
-        self.hold_back(self.held_back)
+        if number in self.exit_signals:
+            self.exit()
 
-    def hold_back(self, numbers):
-        """From now on only note these signals. Exit if another one has come."""
-        self.held_back = numbers
-        if set(self.signals) - set(numbers):
+    def exit_on(self, signals):
+        """Exit if one of these signals has come, or as soon as one comes."""
+        self.exit_signals = signals
+        if signals.intersection(self.signals):
             self.exit()
 
     def is_interrupted(self):
-        return any(number in INTERRUPT for number in self.signals)
+        return bool(INTERRUPT.intersection(self.signals))
 
     def exit(self):
         sys.exit(130 if self.is_interrupted() else 0)
 
-    def stop(self, channel):
+    def give_back_and_exit(self, channel):
         """Give back the tasks that were not begun, or can't be finished, and exit."""
-        self.held_back = []  # who can't wait for this may end it
+        self.exit_signals = INTERRUPT
         channel.stop_consuming()
         channel.basic_nack(0, multiple=True, requeue=True)
         channel.connection.close()
         self.exit()
 
 
-def start(command, body):
+def start_command(command, body):
     """Start a command in a process group of its own, with a task as its standard input."""
     with tempfile.TemporaryFile() as task:
         task.write(body)
@@ -413,9 +425,7 @@ def copyable(headers):
     """Return the sender's headers, and the names of those that pika has read but can't send."""
     kept, lost = {}, []
     for name, value in headers.items():
-        # By these the broker would route, count or drop the copy. A name that is not UTF-8 comes
-        # as bytes.
-        if re.fullmatch(NOT_COPIED, str(name)):
+        if re.fullmatch(NOT_COPIED, str(name)):  # one that is not UTF-8 comes as bytes
             continue
         try:
             pika.BasicProperties(headers={name: value}).encode()
@@ -437,6 +447,7 @@ HINTS = {  # words of an error: what to do about it
     "WRONG_VERSION_NUMBER": "is it a port without TLS? Then the URL begins with amqp://",
     "CERTIFICATE": "name a CA of your own in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
     "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
+    # How pika reports what it can't read.
     "lost: ValueError": "pika can't read a message of this queue; a date past the year 9999 in its "
     "headers is such a case. Take it out in RabbitMQ's management page: Get messages, "
     "Automatic ack",
@@ -444,8 +455,9 @@ HINTS = {  # words of an error: what to do about it
     "NackError": "the broker refused it: is that queue full?",
     "Exec format": "does it begin with a line like #!/bin/sh?",
 }
-# Login, virtual host, permission, queue, certificate: refused today, refused tomorrow.
-PERMANENT = r"\((403|406|530)\)(?!.*( limit |exclusive))|CERTIFICATE_VERIFY_FAILED"
+# Login, permission, queue, virtual host, certificate: refused today, refused tomorrow ...
+PERMANENT = r"\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED"
+PASSING = " limit |exclusive"  # ... but for these reasons of the broker's
 
 SHORTENED = reprlib.Repr()
 SHORTENED.maxstring = 200  # characters
