@@ -24,6 +24,8 @@ usage: worker.py [-u URL] [-q QUEUE] [-p N] [--retries N] [--retry-delay SECONDS
 Start as many workers as you like; each task goes to one of them. It is acknowledged
 after the work: when a worker dies, another one gets its task. SIGTERM lets a worker
 finish the task in hand. Without a broker, a worker waits for one.
+
+In the source, consume() and callback() are RabbitMQ's tutorial; what it leaves out follows.
 """
 
 import collections
@@ -64,7 +66,7 @@ class OutputLost(Exception):
 
 
 class Worker:
-    """The tutorial's worker is consume() and callback(); all else is what it leaves out."""
+    """Consumes one queue, a task at a time, over as many connections as it takes."""
 
     def __init__(self, nodes, queue, command, prefetch_count, retries, retry_delay, time_limit):
         self.nodes = nodes
@@ -535,7 +537,7 @@ def read_command_line():
     return options, words
 
 
-def number(options, name):
+def number_of(options, name):
     kind, lowest, highest, expected = NUMBERS[name]
     with contextlib.suppress(ValueError):
         if lowest <= kind(options[name]) <= highest:
@@ -575,17 +577,17 @@ def nodes_of(urls):
 def main():
     if sys.stdout:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    options, command = read_command_line()
-    nodes = nodes_of(options["--url"])
-    numbers = [number(options, name) for name in NUMBERS]
-    if command and not shutil.which(command[0]):
-        complain(f"Can't run {command[0]}: there is no such command, or it is not executable")
-        sys.exit(1)
-    if command and not hasattr(os, "killpg"):
-        complain("Can't run commands on this system, which has no process groups")
-        sys.exit(1)
     try:
-        Worker(nodes, options["--queue"], command, *numbers).run()
+        options, command = read_command_line()
+        nodes = nodes_of(options["--url"])
+        numbers = {name[2:].replace("-", "_"): number_of(options, name) for name in NUMBERS}
+        if command and not shutil.which(command[0]):
+            complain(f"Can't run {command[0]}: there is no such command, or it is not executable")
+            sys.exit(1)
+        if command and not hasattr(os, "killpg"):
+            complain("Can't run commands on this system, which has no process groups")
+            sys.exit(1)
+        Worker(nodes, options["--queue"], command, **numbers).run()
     except OutputLost as lost:
         if not isinstance(lost.args[0], BrokenPipeError):  # the end of `| head` is no error
             complain(f"Can't write to standard output: {explain(lost)}")

@@ -97,3 +97,26 @@ def test_both_scripts_go_on_when_their_node_and_the_queues_leader_die(run, clust
     assert stream.worker.wait() == 0
     with first.channel(first.url_of(vhost="q")) as channel:
         assert channel.queue_declare(queue, passive=True).method.message_count == 0
+
+
+def test_a_stream_goes_on_when_the_only_node_of_its_queue_is_back(run, cluster, queue):
+    home, other, _ = cluster
+    with home.channel() as channel:  # which makes this one, and none else, hold it
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "classic"})
+    home.settle()
+    urls = f"{home.url},{other.url}"
+    producer = run(urls, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
+    producer.process.stdin.write(b"one\n")
+    producer.process.stdin.flush()
+    producer.wait_for("Sent 'one'")
+    home.kill()
+    producer.wait_for("Connection lost")
+    producer.process.stdin.write(b"two\n")
+    producer.process.stdin.close()
+    with pytest.raises(subprocess.TimeoutExpired):  # for the other node knows of that queue
+        producer.process.wait(5)
+    home.start()
+    assert producer.wait() == 0, producer.err
+    assert producer.tasks("Sent") == ["one", "two"]
+    with home.channel() as channel:
+        assert channel.queue_declare(queue, passive=True).method.message_count == 2

@@ -1,7 +1,10 @@
 """`new_task.py -`: a task is called sent once the broker has it, and no other task is."""
 
+import contextlib
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -52,10 +55,15 @@ def sent(producer):
     return [task.encode() for task in producer.tasks("Sent")]
 
 
+def counted(said):
+    """How many tasks were confirmed, and the line from which to go on, by what was said."""
+    confirmed, line = re.search(r"confirmed: (\d+), .* line (\d+) on", said).groups()
+    return int(confirmed), int(line)
+
+
 def rest(producer, lines):
     """The lines that a producer, on its last line of diagnostics, says to send again."""
-    said = producer.err[-1]
-    confirmed, line = map(int, re.search(r"confirmed: (\d+), .* line (\d+) on", said).groups())
+    confirmed, line = counted(producer.err[-1])
     assert confirmed == len(producer.out)
     return lines[line - 1 :]
 
@@ -120,7 +128,9 @@ def test_no_input_sends_nothing(broker, queue, producer):
     assert ours.out + ours.err == broker.bodies(queue) == []
 
 
-def test_a_reader_of_its_output_that_goes_away_ends_it_quietly(broker, producer, tmp_path):
+def test_a_reader_of_its_output_that_goes_away_ends_it_with_the_count(
+    broker, queue, producer, tmp_path
+):
     (tmp_path / "tasks").write_bytes(b"\n".join(LINES))
     head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with open(tmp_path / "tasks", "rb") as lines, head:
@@ -128,7 +138,62 @@ def test_a_reader_of_its_output_that_goes_away_ends_it_quietly(broker, producer,
         head.stdin.close()
         assert head.stdout.read() == b" [x] Sent '1'\n"
     assert ours.wait() == 1
+    (line,) = ours.err
+    count, next_line = counted(line)
+    assert "standard output" in line
+    assert take(broker, queue)[:count] == [line for line in LINES[: next_line - 1] if line]
+
+
+def test_a_full_disk_under_its_output_ends_it_with_the_count(broker, queue, producer):
+    with open("/dev/full", "wb") as full:
+        ours = producer(broker, stdout=full)
+    write(ours, b"one")
+    assert ours.wait() == 1
+    (line,) = ours.err
+    assert "No space left" in line
+    assert counted(line) == (1, 2)
+    assert broker.bodies(queue) == [b"one"]
+
+
+@pytest.fixture(params=["pipe", "terminal"])
+def pausing_reader(request):
+    """The two ends of an output whose reader pauses at first, and what makes it go on."""
+    if request.param == "pipe":
+        reading, output = os.pipe()
+    else:
+        reading, output = pty.openpty()
+        os.write(reading, b"\x13")  # CTRL+S
+        wait_until(lambda: not select.select([], [output], [], 0)[1])
+
+    def read():
+        if request.param == "terminal":
+            os.write(reading, b"\x11")  # CTRL+Q
+        printed = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while more := os.read(reading, 65536):
+                printed += more
+        return printed
+
+    yield output, read
+    os.close(reading)
+
+
+def test_a_reader_of_its_output_that_pauses_for_ten_heartbeats_costs_nothing(
+    broker, queue, producer, pausing_reader, tmp_path
+):
+    (tmp_path / "tasks").write_bytes(b"\n".join(LINES))
+    output, read = pausing_reader
+    url = broker.url_of(query="?heartbeat=1")
+    with open(tmp_path / "tasks", "rb") as lines:
+        ours = producer(broker, url=url, stdin=lines, stdout=output)
+    os.close(output)
+    with pytest.raises(subprocess.TimeoutExpired):  # for nobody reads
+        ours.process.wait(10)
+    words = [[b"[x]", b"Sent", b"'%s'" % task] for task in TASKS]
+    assert read().split() == [word for line in words for word in line]
+    assert ours.wait() == 0
     assert ours.err == []
+    assert take(broker, queue) == TASKS
 
 
 def test_a_connection_lost_between_two_lines_is_made_anew(fragile_broker, queue, producer):

@@ -129,7 +129,8 @@ def test_a_queue_that_is_not_durable_is_refused(run, broker, queue, script):
 def test_a_queue_of_another_connection_alone_is_refused(run, broker, queue):
     with broker.channel() as channel:
         channel.queue_declare(queue, durable=True, exclusive=True)
-        refused(run(broker, "new_task.py", "-q", queue), "RESOURCE_LOCKED")
+        said = refused(run(broker, "new_task.py", "-q", queue), "RESOURCE_LOCKED")
+        assert ";" not in said.partition("; tasks confirmed")[0]  # a hint would mislead
         worker = run(broker, "worker.py", "-q", queue)
         worker.wait_for("RESOURCE_LOCKED")
     worker.wait_for("Waiting")  # as soon as the other one is gone
@@ -177,17 +178,24 @@ def test_a_full_queue_that_rejects_takes_what_fits(run, broker, queue):
     producer = run(broker, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
     producer.process.stdin.write(b"1\n2\n3\n4\n5\n")
     producer.process.stdin.close()
-    refused(producer, "full", "tasks confirmed: 3, send the rest from line 4 on")
+    refused(producer, "full, or deleted?", "tasks confirmed: 3, send the rest from line 4 on")
     assert producer.tasks("Sent") == ["1", "2", "3"]
     assert broker.bodies(queue) == [b"1", b"2", b"3"]
 
 
-def test_a_body_over_the_brokers_limit_is_refused(run, new_broker, queue):
+def test_a_body_over_the_brokers_limit_is_refused_by_its_line_and_how_it_begins(
+    run, new_broker, queue
+):
     strict = new_broker("max_message_size = 1000")
     producer = run(strict, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
-    producer.process.stdin.write(b"small\n" + b"x" * 1001)
+    producer.process.stdin.write(b"small\n\n")
+    producer.process.stdin.flush()
+    producer.wait_for("Sent 'small'")
+    producer.process.stdin.write(b"small, too\nlarge" + b"x" * 1001 + b"\nsmall again\n")
     producer.process.stdin.close()
-    refused(producer, "larger than configured max size")
+    said = refused(producer, "Line 4, 'largexxx", "larger than configured max size")
+    count = len(producer.out)
+    assert f"tasks confirmed: {count}, send the rest from line {count + 1 + (count > 1)} on" in said
     assert strict.bodies(queue)[:1] == [b"small"]
 
 
@@ -200,8 +208,53 @@ def test_a_closed_or_full_standard_output_is_no_traceback(run, broker, queue, sc
     ended = subprocess.run(command, shell=True, env=url, capture_output=True, timeout=BOUND)
     assert b"Traceback" not in ended.stderr
     assert b"Exception" not in ended.stderr
-    assert len(ended.stderr.splitlines()) == (1 if "full" in redirection else 0)
+    lines = ended.stderr.splitlines()
+    if script == "new_task.py" and redirection != ">&-":
+        lost = [line for line in lines if b"tasks confirmed: 1" in line]
+        assert len(lines) == len(lost)
+        assert len(lost) == 1 or redirection == "| true"  # which may have ended after it, too
+    else:
+        assert len(lines) == (1 if "full" in redirection else 0)
     assert time.monotonic() - start < BOUND
+
+
+@pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
+def test_help_that_cannot_be_written_is_no_traceback(script):
+    command = f"{sys.executable} {ROOT / script} --help >/dev/full"
+    ended = subprocess.run(command, shell=True, capture_output=True, timeout=BOUND)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert b"No space left" in line
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2> >(true)"])
+def test_a_lost_standard_error_changes_nothing_else(broker, queue, redirection):
+    script = f"{sys.executable} {ROOT / 'new_task.py'} -q {queue}"
+    nowhere = f"amqp://127.0.0.1:{port_for.select_random()}"
+    for url, status in ((broker.url, 0), (nowhere, 1)):
+        ended = subprocess.run(
+            ["bash", "-c", f"{script} {redirection}"],
+            env={**os.environ, "AMQP_URL": url},
+            stdout=subprocess.PIPE,
+            timeout=BOUND,
+        )
+        assert ended.returncode == status
+        assert ended.stdout == (b"" if status else b" [x] Sent 'Hello World!'\n")
+
+
+def test_hints_name_both_ways_to_start_a_broker_and_a_port_without_tls(run, broker):
+    nowhere = f"127.0.0.1:{port_for.select_random()}"
+    producer = run(f"amqp://{nowhere}", "new_task.py")
+    refused(producer, nowhere, "docker compose up", "systemctl start rabbitmq-server")
+    refused(run(f"amqps://127.0.0.1:{broker.port}", "new_task.py"), "begins with amqp://")
+
+
+def test_a_limit_on_connections_is_told_without_a_hint_at_the_virtual_host(run, broker):
+    broker.rabbitctl_output("add_vhost", "narrow")
+    broker.rabbitctl_output("set_permissions", "-p", "narrow", "guest", ".*", ".*", ".*")
+    broker.rabbitctl_output("set_vhost_limits", "-p", "narrow", '{"max-connections": 0}')
+    said = refused(run(broker.url_of(vhost="narrow"), "new_task.py"), "limit", "confirmed: 0")
+    assert "in the URL" not in said
 
 
 def test_a_closed_standard_input_is_a_usage_error(broker, queue):

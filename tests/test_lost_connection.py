@@ -61,10 +61,8 @@ def test_a_connection_closed_in_mid_task_ends_the_work_and_it_is_begun_again(
 def test_the_pause_between_two_attempts_to_connect_grows_to_30_seconds_and_no_more(run):
     worker = run(f"amqp://127.0.0.1:{port_for.select_random()}", "worker.py")
     begun = worker.wait_for("trying again in 1 s")
-    worker.wait_for("trying again in 30 s", times=2, timeout=100)
+    worker.wait_for("trying again in 30 s", times=2, timeout=100)  # 61 s later
     pauses = [int(line.split()[-2]) for line in worker.err]
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
-    moments = [worker.seen[id(worker.err), number] - begun for number in range(len(pauses))]
-    waited = [after - before for before, after in zip(moments, moments[1:])]
-    assert all(pause <= seconds for pause, seconds in zip(pauses, waited))
-    assert sum(waited) < sum(pauses)  # which are 30 s more: it did not wait much longer
+    # The lines come through a pipe, to a reader that may have to wait for its turn.
+    assert 0.95 * 61 < worker.seen[id(worker.err), 6] - begun < 61 + 30

@@ -152,13 +152,18 @@ def test_whenever_sigterm_comes_no_task_is_lost_or_done_twice(broker, worker, se
     assert sorted(done + rest) == sorted(tasks)
 
 
-def test_an_interrupted_producer_says_how_many_tasks_were_confirmed(run, broker, queue):
+@pytest.mark.parametrize(
+    ("number", "word", "status"), [("SIGINT", "Interrupted", 130), ("SIGTERM", "Terminated", 143)]
+)
+def test_a_producer_that_a_signal_ends_says_how_many_tasks_were_confirmed(
+    run, broker, queue, number, word, status
+):
     producer = run(broker, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
     producer.process.stdin.write(b"one\ntwo\n\nthree\n")
     producer.process.stdin.flush()
     producer.wait_for("Sent 'three'")
-    status, seconds = stop(producer, signal.SIGINT)
-    assert status == 130
+    end, seconds = stop(producer, signal.Signals[number])
+    assert end == status
     assert seconds < AT_ONCE
-    assert producer.err == [" [!] Interrupted; tasks confirmed: 3, send the rest from line 5 on"]
+    assert producer.err == [f" [!] {word}; tasks confirmed: 3, send the rest from line 5 on"]
     assert broker.bodies(queue) == [b"one", b"two", b"three"]
