@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare the two scripts with others on one private broker; print README's Markdown tables.
+"""Compare the two scripts with others on one private broker; print tests/README.md's tables.
 
     tests/benchmark.py                         everything: about half an hour
     tests/benchmark.py consumers one-shot      some of it
