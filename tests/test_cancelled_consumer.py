@@ -3,6 +3,8 @@
 That ends the task in hand, which is another worker's from then on.
 """
 
+import time
+
 import psutil
 import pytest
 from conftest import wait_until
@@ -58,8 +60,8 @@ def delete(broker, url, queue):
 
 
 def in_hand(worker, task):
-    """The times from which to which a worker had a task in hand, by its output."""
-    lines = [
+    """From when to when, or until now, a worker has had a task in hand, by its output."""
+    lines = [(time.monotonic(), "")] + [
         (worker.seen[id(stream), number], line)
         for stream in (worker.out, worker.err)
         for number, line in enumerate(stream)
@@ -113,13 +115,14 @@ def test_a_task_that_takes_longer_than_consumer_timeout_is_at_one_worker_at_a_ti
 ):
     workers = [start(impatient_url, *command) for _ in range(2)]
     send(impatient_url, queue, LONG)
+    # One hand-over is waited for: RabbitMQ 4.3.6 may forget the time of the next, until something
+    # else happens to the queue.
+    wait_until(lambda: any("redelivered" in line for worker in workers for line in worker.out))
+    wait_until(lambda: any(worker.err for worker in workers))
+    before, after = sorted(span for worker in workers for span in in_hand(worker, LONG))[:2]
+    assert abs(after[0] - before[1]) < AT_TWO
     for worker in workers:
-        worker.wait_for("raise consumer_timeout", times=2)
-    spans = sorted(span for worker in workers for span in in_hand(worker, LONG))
-    assert len(spans) >= 4
-    assert all(after[0] > before[1] - AT_TWO for before, after in zip(spans, spans[1:]))
-    for worker in workers:
-        assert all("consumer_timeout" in line for line in worker.err)
+        assert all("raise consumer_timeout" in line for line in worker.err)
         assert not any("Done" in line or "Failed" in line for line in worker.out)
 
 
