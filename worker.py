@@ -406,6 +406,8 @@ def declare_for_copies(connection, queue, arguments):
 def why_lost(connection, queue):
     """Say why the broker has taken its tasks back. Whether the queue is still there tells."""
     try:
+        # While a quorum queue is being deleted, it is there for a moment longer.
+        sleep_with_heartbeats(connection, 0.5)
         connection.channel().queue_declare(queue=queue, passive=True)
     except pika.exceptions.ChannelClosedByBroker as error:
         return f"The broker cancelled the consumer, its queue is gone: {explain(error)}"
