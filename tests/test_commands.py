@@ -191,12 +191,13 @@ def test_the_time_limit_ends_the_commands_whole_process_group(run, broker, queue
     assert worker.err == []  # no connection was lost meanwhile
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
 @pytest.mark.parametrize("command", [POLITE, STUBBORN])
-def test_ctrl_c_ends_the_commands_whole_process_group(run, broker, queue, send, command):
+def test_ctrl_c_ends_the_commands_whole_process_group(run, broker, queue, send, command, number):
     send(broker, queue, "task")
     worker = run(broker, "worker.py", "-q", queue, "sh", "-c", command)
     processes = running(worker)
-    worker.signal(signal.SIGINT)
+    worker.signal(number)
     assert worker.wait() == 130
     wait_until_none_is_left(processes)
     assert ("asked" in worker.out) == (command == POLITE)
@@ -367,18 +368,6 @@ def test_a_command_fails_also_where_child_processes_are_ignored(run, broker, que
     finally:
         signal.signal(signal.SIGCHLD, handler)
     worker.wait_for("Failed: exit status 1")
-
-
-@pytest.mark.parametrize("command", [POLITE, STUBBORN])
-def test_sigquit_ends_a_worker_and_its_command_as_ctrl_c_does(run, broker, queue, send, command):
-    send(broker, queue, "task")
-    worker = run(broker, "worker.py", "-q", queue, "sh", "-c", command)
-    processes = running(worker)
-    worker.signal(signal.SIGQUIT)
-    assert worker.wait() == 130
-    wait_until_none_is_left(processes)
-    assert worker.err == []
-    assert broker.bodies(queue) == [b"task"]
 
 
 def test_a_command_finds_the_brokers_url_in_its_environment(run, broker, queue, send):
