@@ -22,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, private_broker
+from conftest import ROOT
+from servers import servers
 
 PEERS = ROOT / "tests" / "peers"
 TUTORIAL = ROOT / "tests" / "tutorial"
@@ -283,8 +284,9 @@ def main():
     parser.add_argument("--million", type=int, default=1_000_000, help="for memory")
     parser.add_argument("--runs", type=int, default=3, help="of which medians are taken")
     options = parser.parse_args()
-    with private_broker() as (broker, folder):
-        bench = Bench(broker, folder, broker.url)
+    with servers() as start:
+        broker = start()
+        bench = Bench(broker, broker.folder, broker.url)
         for name in options.sections or SECTIONS:
             SECTIONS[name](bench, options)
 

@@ -19,7 +19,8 @@ import threading
 import time
 
 import port_for
-from conftest import PATIENCE, ROOT, Script, private_broker, wait_until
+from conftest import ROOT, Script
+from servers import PATIENCE, free_port, servers, wait_until
 
 HEARTBEAT = 2  # seconds
 STALL = 3 * HEARTBEAT  # seconds, longer than the two after which a connection counts as lost
@@ -33,7 +34,7 @@ class Soak:
         self.broker = broker
         self.done_file = folder / "done"
         self.done_file.touch()
-        self.proxy_port = port_for.select_random()
+        self.proxy_port = free_port()
         target = [str(self.proxy_port), str(broker.port)]
         self.proxy = subprocess.Popen([sys.executable, ROOT / "tests" / "proxy.py", *target])
         wait_until(lambda: port_for.port_is_used(self.proxy_port))
@@ -172,8 +173,9 @@ def main():
     parser.add_argument("--stalls", type=int, default=2, help="of the network")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    with private_broker() as (broker, folder):
-        figures = soak(broker, folder, **vars(options))
+    with servers() as start:
+        broker = start()
+        figures = soak(broker, broker.folder, **vars(options))
     print("| | |\n| --- | --- |")
     for name, value in figures.items():
         print(f"| {name} | {value} |")

@@ -7,7 +7,7 @@ import time
 
 import psutil
 import pytest
-from conftest import wait_until
+from servers import wait_until
 
 LONG = "long" + 60 * "."
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from conftest import wait_until
+from servers import start_cluster, wait_until
 
 STOOD_STILL = 10  # seconds that are allowed, from the death of a node to the next task
 TASKS = 300
@@ -15,15 +15,7 @@ TASKS = 300
 @pytest.fixture
 def cluster(new_broker):
     """Three nodes, with quorum queues in the virtual host "q"."""
-    nodes = [new_broker() for _ in range(3)]
-    first = nodes[0]
-    first.add_quorum_vhost()
-    for node in nodes[1:]:
-        for command in ("stop_app", "reset"):
-            node.rabbitctl_output(command)
-        node.rabbitctl_output("join_cluster", first.envvars["RABBITMQ_NODENAME"])
-        node.rabbitctl_output("start_app")
-    return nodes
+    return start_cluster(new_broker)
 
 
 def leader(nodes, queue):

@@ -16,7 +16,8 @@ from pathlib import Path
 import pexpect
 import psutil
 import pytest
-from conftest import PATIENCE, ROOT, Script, wait_until
+from conftest import ROOT, Script
+from servers import PATIENCE, wait_until
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 GRACE = 5  # seconds between "please" and SIGKILL

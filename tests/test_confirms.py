@@ -11,7 +11,8 @@ import sys
 
 import pexpect
 import pytest
-from conftest import PATIENCE, ROOT, wait_until
+from conftest import ROOT
+from servers import PATIENCE, wait_until
 
 # As input: task n is on line n, every tenth line is blank. The first part fits into a pipe.
 LINES = [b"" if number % 10 == 0 else b"%d" % number for number in range(1, 10_001)]

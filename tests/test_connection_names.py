@@ -4,7 +4,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import wait_until
+from servers import wait_until
 
 
 @pytest.mark.parametrize("script", ["new_task.py", "worker.py"])

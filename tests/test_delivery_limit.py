@@ -6,7 +6,7 @@ The broker counts deliveries to workers that never began the task, too.
 import signal
 
 import pytest
-from conftest import wait_until
+from servers import wait_until
 
 LIMIT = 15  # deliveries
 POISON = ["sh", "-c", "if grep -q poison; then kill -9 $PPID; fi"]

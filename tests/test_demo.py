@@ -9,7 +9,8 @@ import xml.etree.ElementTree
 import pexpect
 import psutil
 import pytest
-from conftest import PATIENCE, ROOT, wait_until
+from conftest import ROOT
+from servers import PATIENCE, wait_until
 
 DEMO = ROOT / "tests" / "demo.py"
 FEW = ["--workers", "2", "--tasks", "4", "--heavy", "2", "--light", "1"]

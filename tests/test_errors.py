@@ -7,9 +7,9 @@ import sys
 import threading
 import time
 
-import port_for
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT
+from servers import free_port, wait_until
 
 BOUND = 30  # seconds in which a script that can't work has ended
 
@@ -59,7 +59,7 @@ def refused(script, *words):
 def unreachable(broker, answering):
     http, silent = answering
     return {
-        "nothing listening": (f"amqp://127.0.0.1:{port_for.select_random()}", "refused"),
+        "nothing listening": (f"amqp://127.0.0.1:{free_port()}", "refused"),
         "host not found": ("amqp://host.invalid", "host.invalid"),
         "not an AMQP port": (f"amqp://127.0.0.1:{http}", "AMQP port"),
         "a silent peer": (f"amqp://127.0.0.1:{silent}?stack_timeout=1", "Timeout"),
@@ -230,7 +230,7 @@ def test_help_that_cannot_be_written_is_no_traceback(script):
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2> >(true)"])
 def test_a_lost_standard_error_changes_nothing_else(broker, queue, redirection):
     script = f"{sys.executable} {ROOT / 'new_task.py'} -q {queue}"
-    nowhere = f"amqp://127.0.0.1:{port_for.select_random()}"
+    nowhere = f"amqp://127.0.0.1:{free_port()}"
     for url, status in ((broker.url, 0), (nowhere, 1)):
         ended = subprocess.run(
             ["bash", "-c", f"{script} {redirection}"],
@@ -243,7 +243,7 @@ def test_a_lost_standard_error_changes_nothing_else(broker, queue, redirection):
 
 
 def test_hints_name_both_ways_to_start_a_broker_and_a_port_without_tls(run, broker):
-    nowhere = f"127.0.0.1:{port_for.select_random()}"
+    nowhere = f"127.0.0.1:{free_port()}"
     producer = run(f"amqp://{nowhere}", "new_task.py")
     refused(producer, nowhere, "docker compose up", "systemctl start rabbitmq-server")
     refused(run(f"amqps://127.0.0.1:{broker.port}", "new_task.py"), "begins with amqp://")

@@ -7,7 +7,7 @@ import struct
 import pika
 import pika.data
 import pytest
-from conftest import wait_until
+from servers import wait_until
 
 FAIL = ["sh", "-c", "cat >&2; exit 3"]
 SOON = ["--retry-delay", "0.2"]

@@ -2,7 +2,7 @@
 
 import signal
 
-from conftest import wait_until
+from servers import wait_until
 
 FAIL_IF_BAD = ["sh", "-c", "read task; echo $task >> $0; case $task in bad*) exit 3; esac"]
 

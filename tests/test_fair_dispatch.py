@@ -1,7 +1,7 @@
 """`worker.py`: a prefetch count of 1 is fair dispatch, 0 is round-robin."""
 
 import pytest
-from conftest import wait_until
+from servers import wait_until
 
 FIVE = ("First message.", "Second message..", "Third message...")
 FIVE += ("Fourth message....", "Fifth message.....")

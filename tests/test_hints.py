@@ -1,7 +1,7 @@
 """Both scripts: a line of diagnostics says what to do, if that is known, and misleads nobody."""
 
-import port_for
 import pytest
+from servers import free_port
 
 BOTH_WAYS = ("docker compose up -d --wait", "sudo systemctl start rabbitmq-server")
 both_scripts = pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
@@ -28,7 +28,7 @@ def crowded(broker, request):
 
 @both_scripts
 def test_where_nothing_listens_both_ways_to_start_a_broker_are_named(run, script):
-    nowhere = run(f"amqp://127.0.0.1:{port_for.select_random()}", script)
+    nowhere = run(f"amqp://127.0.0.1:{free_port()}", script)
     nowhere.wait_for("[!]")
     assert all(way in nowhere.err[0] for way in BOTH_WAYS)
 

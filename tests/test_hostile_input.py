@@ -13,9 +13,10 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import pika
-from conftest import ROOT, Script, wait_until
+from conftest import ROOT, Script
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as some
+from servers import wait_until
 
 FEW = settings(
     max_examples=3,

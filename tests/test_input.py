@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATIENCE, ROOT, wait_until
+from conftest import ROOT
+from servers import PATIENCE, wait_until
 
 
 def test_input_that_is_non_blocking_is_read_to_its_end(run, broker, queue):

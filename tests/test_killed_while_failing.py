@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT
+from servers import wait_until
 
 AT_ONCE = 8  # workers, each to be killed at another step
 

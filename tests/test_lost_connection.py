@@ -1,7 +1,7 @@
 """`worker.py`: no broker yet, or the connection lost: it says so, tries again, and carries on."""
 
-import port_for
 import pytest
+from servers import free_port
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 LONG = "long.........."
@@ -59,7 +59,7 @@ def test_a_connection_closed_in_mid_task_ends_the_work_and_it_is_begun_again(
 
 
 def test_the_pause_between_two_attempts_to_connect_grows_to_30_seconds_and_no_more(run):
-    worker = run(f"amqp://127.0.0.1:{port_for.select_random()}", "worker.py")
+    worker = run(f"amqp://127.0.0.1:{free_port()}", "worker.py")
     begun = worker.wait_for("trying again in 1 s")
     worker.wait_for("trying again in 30 s", times=2, timeout=100)  # 61 s later
     pauses = [int(line.split()[-2]) for line in worker.err]

@@ -5,9 +5,9 @@ import signal
 import subprocess
 import sys
 
-import port_for
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT
+from servers import free_port, wait_until
 
 EXEC = ["-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"]  # for programs not in Python
 
@@ -84,7 +84,7 @@ def test_a_worker_whose_output_is_lost_gives_its_task_back(broker, shell, send, 
 
 
 def test_nothing_is_left_of_a_worker_that_can_tell_nobody(shell, queue):
-    nowhere = f"amqp://127.0.0.1:{port_for.select_random()}"
+    nowhere = f"amqp://127.0.0.1:{free_port()}"
     worker = shell(nowhere, "2>&- >&-", "worker.py", "-q", queue)
     with pytest.raises(subprocess.TimeoutExpired):  # for it waits for a broker
         worker.process.wait(3)

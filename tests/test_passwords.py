@@ -1,7 +1,7 @@
 """Both scripts: a password is in no output, whatever is wrong with its URL."""
 
 import pytest
-from conftest import wait_until
+from servers import wait_until
 
 SECRETS = ("s3cr3t", "987654", "t0ken")  # no piece of any password may be printed
 

@@ -24,7 +24,8 @@ import time
 import pexpect
 import psutil
 import pytest
-from conftest import PATIENCE, ROOT
+from conftest import ROOT
+from servers import PATIENCE
 
 README = (ROOT / "README.md").read_text()
 BY_HAND = 4  # blocks: Docker, root's rights

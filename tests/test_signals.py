@@ -8,9 +8,9 @@ import sys
 import time
 
 import pexpect
-import port_for
 import pytest
-from conftest import PATIENCE, ROOT
+from conftest import ROOT
+from servers import PATIENCE, free_port
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 AT_ONCE = 1  # seconds
@@ -33,7 +33,7 @@ def worker(run, broker, queue):
 @pytest.fixture
 def nowhere():
     """The URL of a broker that isn't there."""
-    return f"amqp://127.0.0.1:{port_for.select_random()}"
+    return f"amqp://127.0.0.1:{free_port()}"
 
 
 def stop(script, number):

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta, timezone
 import port_for
 import pytest
 import trustme
-from conftest import wait_until
+from servers import free_port, wait_until
 
 BOUND = 30  # seconds in which a script that can't work has ended
 NOW = datetime.now(timezone.utc)
@@ -21,7 +21,7 @@ def new_tls_broker(new_broker, tmp_path_factory):
         certificate = ca.issue_cert("localhost", not_after=not_after)
         certificate.private_key_pem.write_to_path(folder / "key.pem")
         certificate.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
-        port = port_for.select_random()
+        port = free_port()
         broker = new_broker(
             f"""
             listeners.ssl.default = 127.0.0.1:{port}

@@ -2,9 +2,9 @@
 
 import shutil
 
-import port_for
 import pytest
-from conftest import ROOT, Script, wait_until
+from conftest import ROOT, Script
+from servers import free_port, wait_until
 
 
 @pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
@@ -93,12 +93,12 @@ def test_the_bounds_of_the_prefetch_count_are_accepted(run, broker, queue, prefe
 
 
 def test_the_option_goes_before_the_environment(run, broker, queue):
-    nowhere = f"amqp://127.0.0.1:{port_for.select_random()}"
+    nowhere = f"amqp://127.0.0.1:{free_port()}"
     assert run(nowhere, "new_task.py", "-u", broker.url, "-q", queue).wait() == 0
 
 
 def test_several_urls_are_tried_in_order(run, broker, queue):
-    nowhere = f"amqp://127.0.0.1:{port_for.select_random()}"
+    nowhere = f"amqp://127.0.0.1:{free_port()}"
     urls = f"{nowhere},{broker.url}"
     assert run(urls, "new_task.py", "-q", queue, "First message").wait() == 0
     run(urls, "worker.py", "-q", queue).wait_for("Done")
