@@ -56,7 +56,7 @@ def wait_until_none_is_left(processes):
             return process.status() != psutil.STATUS_ZOMBIE  # an orphan that nobody waits for
 
     # At once, but for the turn on the processor that a killed process needs to end.
-    wait_until(lambda: not any(map(alive, processes)), timeout=1)
+    wait_until(lambda: not any(map(alive, processes)), timeout=GRACE / 2)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_signal_ends_a_worker_whose_command_can_no_longer_be_run(
     worker = run(broker, "worker.py", "-q", queue, "--prefetch-count", "2", command)
     worker.wait_for("trying again in 30 s")
     worker.signal(signal.Signals[number])
-    assert worker.wait(timeout=5) == status
+    assert worker.wait(timeout=15) == status
     wait_until(lambda: broker.ready(queue) == 2)
 
 
@@ -347,7 +347,8 @@ def test_a_command_costs_no_more_than_5_ms_over_its_start(run, broker, queue, se
     worker.wait_for("Done", times=tasks)
     done = [worker.seen[id(worker.out), line] for line in range(2, 2 * tasks + 1, 2)]
     took = [after - before for before, after in zip(done, done[1:])]
-    quickly = [statistics.quantiles(times, n=4)[0] for times in (took, started)]  # not disturbed
+    # What else the machine does makes most of them longer, but not the quickest twentieth.
+    quickly = [statistics.quantiles(times, n=20)[0] for times in (took, started)]
     assert quickly[0] - quickly[1] < 0.005
 
 

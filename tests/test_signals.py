@@ -10,10 +10,11 @@ import time
 import pexpect
 import pytest
 from conftest import ROOT
-from servers import PATIENCE, free_port
+from servers import PATIENCE, free_port, wait_until
 
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
-AT_ONCE = 1  # seconds
+AT_ONCE = 1  # seconds, of the quickest of some: a busy machine makes others longer
+SOME = 3
 STOPS = 40
 SEED = random.randrange(1_000_000)
 
@@ -47,17 +48,23 @@ def stop(script, number):
 def test_another_worker_gets_the_task_of_one_that_ends_in_mid_task_within_a_second(
     broker, worker, send, queue, number, status
 ):
-    first = worker()
-    send(broker, queue, "heavy..........")
-    first.wait_for("Received")
-    second = worker()
-    start = time.monotonic()
-    first.signal(signal.Signals[number])
-    assert second.wait_for("Received") - start < 1
+    heavy = "heavy" + 60 * "."
+    workers = [worker()]
+    send(broker, queue, heavy)
+    workers[0].wait_for("Received")
+    pauses = []
+    for _ in range(SOME):
+        workers.append(worker())
+        start = time.monotonic()
+        workers[-2].signal(signal.Signals[number])
+        pauses.append(workers[-1].wait_for("Received") - start)
+    first, second = workers[:2]
     assert first.wait() == status
-    assert first.out == [WAITING, " [x] Received 'heavy..........'"]
+    assert first.out == [WAITING, f" [x] Received '{heavy}'"]
     assert first.err == []
-    assert second.out == [WAITING, " [x] Received 'heavy..........' (redelivered)"]
+    assert second.wait() == status
+    assert second.out == [WAITING, f" [x] Received '{heavy}' (redelivered)"]
+    assert min(pauses) < AT_ONCE
 
 
 @pytest.mark.parametrize("prefetch_count", ["1", "0", "5"])
@@ -65,11 +72,11 @@ def test_sigterm_lets_a_worker_finish_the_task_in_hand_and_begin_no_other(
     broker, worker, send, queue, prefetch_count
 ):
     first = worker("--prefetch-count", prefetch_count)
-    send(broker, queue, "in hand..", "waiting")
+    send(broker, queue, "in hand....", "waiting")
     first.wait_for("Received")
     assert broker.ready(queue) == (1 if prefetch_count == "1" else 0)
     assert stop(first, signal.SIGTERM)[0] == 0
-    assert first.out == [WAITING, " [x] Received 'in hand..'", " [x] Done"]
+    assert first.out == [WAITING, " [x] Received 'in hand....'", " [x] Done"]
     assert first.err == []
     second = worker()
     second.wait_for("Done")
@@ -80,39 +87,47 @@ def test_sigterm_lets_a_worker_finish_the_task_in_hand_and_begin_no_other(
 
 
 def test_sigterm_and_then_sigint_ends_a_worker_at_once(broker, worker, send, queue):
-    script = worker()
-    send(broker, queue, "heavy..........")
-    script.wait_for("Received")
-    script.signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):  # for it is finishing the task
-        script.process.wait(0.5)
-    status, seconds = stop(script, signal.SIGINT)
-    assert status == 130
-    assert seconds < AT_ONCE
-    assert script.out == [WAITING, " [x] Received 'heavy..........'"]
-    assert script.err == []
-    assert broker.bodies(queue) == [b"heavy.........."]
+    heavy = "heavy" + 60 * "."
+    send(broker, queue, heavy)
+    pauses = []
+    for times in range(SOME):
+        script = worker()
+        script.wait_for("Received")
+        script.signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):  # for it is finishing the task
+            script.process.wait(0.5)
+        status, seconds = stop(script, signal.SIGINT)
+        assert status == 130
+        pauses.append(seconds)
+        again = " (redelivered)" if times else ""
+        assert script.out == [WAITING, f" [x] Received '{heavy}'{again}"]
+        assert script.err == []
+    assert min(pauses) < AT_ONCE
+    wait_until(lambda: broker.ready(queue) == 1)
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 0), ("SIGINT", 130)])
 def test_an_idle_worker_ends_at_once(worker, number, status):
-    script = worker()
-    end, seconds = stop(script, signal.Signals[number])
-    assert end == status
-    assert seconds < AT_ONCE
-    assert script.out == [WAITING]
-    assert script.err == []
+    pauses = []
+    for script in [worker() for _ in range(SOME)]:
+        end, seconds = stop(script, signal.Signals[number])
+        assert end == status
+        pauses.append(seconds)
+        assert script.out == [WAITING]
+        assert script.err == []
+    assert min(pauses) < AT_ONCE
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 0), ("SIGINT", 130)])
 def test_a_worker_that_waits_for_a_broker_ends_at_once(run, nowhere, number, status):
-    script = run(nowhere, "worker.py")
-    script.wait_for("trying again")
-    end, seconds = stop(script, signal.Signals[number])
-    assert end == status
-    assert seconds < AT_ONCE
-    assert script.out == []
-    assert len(script.err) == 1
+    pauses = []
+    for script in [run(nowhere, "worker.py") for _ in range(SOME)]:
+        script.wait_for("trying again in 4 s")
+        end, seconds = stop(script, signal.Signals[number])
+        assert end == status
+        pauses.append(seconds)
+        assert script.out == []
+    assert min(pauses) < AT_ONCE
 
 
 def test_ctrl_c_in_a_terminal_ends_the_worker_under_the_dots_it_has_worked_off(broker, send, queue):
@@ -158,12 +173,15 @@ def test_whenever_sigterm_comes_no_task_is_lost_or_done_twice(broker, worker, se
 def test_a_producer_that_a_signal_ends_says_how_many_tasks_were_confirmed(
     run, broker, queue, number, word, status
 ):
-    producer = run(broker, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
-    producer.process.stdin.write(b"one\ntwo\n\nthree\n")
-    producer.process.stdin.flush()
-    producer.wait_for("Sent 'three'")
-    end, seconds = stop(producer, signal.Signals[number])
-    assert end == status
-    assert seconds < AT_ONCE
-    assert producer.err == [f" [!] {word}; tasks confirmed: 3, send the rest from line 5 on"]
-    assert broker.bodies(queue) == [b"one", b"two", b"three"]
+    pauses = []
+    for _ in range(SOME):
+        producer = run(broker, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
+        producer.process.stdin.write(b"one\ntwo\n\nthree\n")
+        producer.process.stdin.flush()
+        producer.wait_for("Sent 'three'")
+        end, seconds = stop(producer, signal.Signals[number])
+        assert end == status
+        pauses.append(seconds)
+        assert producer.err == [f" [!] {word}; tasks confirmed: 3, send the rest from line 5 on"]
+        assert broker.bodies(queue) == [b"one", b"two", b"three"]
+    assert min(pauses) < AT_ONCE
