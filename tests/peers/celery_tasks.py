@@ -8,9 +8,12 @@ from celery import Celery
 app = Celery(broker=os.environ["AMQP_URL"])
 app.conf.update(
     broker_connection_retry_on_startup=True,
+    broker_native_delayed_delivery_queue_type="classic",  # 28 queues, which nobody uses here
     broker_transport_options={"confirm_publish": True},
     task_acks_late=True,
     task_default_queue="celery",
+    # Only told of a quorum queue does it leave out the global QoS, which these refuse.
+    task_default_queue_type=os.environ.get("DECLARE", "classic"),
     task_ignore_result=True,
     worker_prefetch_multiplier=int(os.environ.get("MULTIPLIER", "1")),
 )
