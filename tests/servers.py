@@ -136,10 +136,13 @@ def nothing_left():
     found by what they all have in their environment.
     """
     folder = Path(tempfile.gettempdir(), f"work-queue-{uuid.uuid4()}")
-    remover = subprocess.Popen(
-        [sys.executable, __file__, folder], stdin=subprocess.PIPE, start_new_session=True
-    )
     before = os.environ.get(MARK, "")
+    remover = subprocess.Popen(
+        [sys.executable, __file__, folder],
+        env={**os.environ, MARK: ""},  # it ends by itself
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     os.environ[MARK] = f"{before} {folder}"
     try:
         folder.mkdir()
@@ -152,14 +155,12 @@ def nothing_left():
 
 def remove(folder):
     """Kill all that was started for a folder, then remove it."""
-    empty = 0
-    while empty < 2:  # one that ended while it was looked for may have just started another
-        found = processes_with_env(MARK, folder)
-        empty = 0 if found else empty + 1
+    # Again and again: one that ends may just have started another, or still write a file.
+    while (found := processes_with_env(MARK, folder)) or os.path.exists(folder):
         for process in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
