@@ -74,8 +74,7 @@ class Producer:
         self.loop = IOLoop()  # pika works only while we run its loop
         self.news = collections.deque()  # what pika has told us meanwhile
         self.connection = None
-        self.proven = False  # whether it did its work: then a new one is worth trying for
-        self.retry_until = 0  # time.monotonic(), till when any error may pass; 0 for never
+        self.retry_until = 0  # time.monotonic(), till when to try; 0 while the connection works
 
     def send(self):
         # The tutorial's BlockingConnection would wait for each confirmation before the next task.
@@ -96,7 +95,8 @@ class Producer:
         except pika.exceptions.ChannelClosedByBroker as refusal:
             channel = self.use_as_it_is(refusal)
 
-        self.proven = not self.unconfirmed  # else a confirmation is to prove it
+        if not self.unconfirmed:  # else a confirmation is to prove that the connection works
+            self.retry_until = 0
         self.tasks.extendleft(reversed(self.unconfirmed))  # from a connection that was lost
         self.unconfirmed.clear()
         properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
@@ -157,7 +157,7 @@ class Producer:
         self.oldest_tag += 1
         self.confirmed_line, body = self.unconfirmed.popleft()
         self.confirmed += 1
-        self.proven, self.retry_until = True, 0
+        self.retry_until = 0
         self.room.release(size(body))
         return body
 
@@ -174,14 +174,13 @@ class Producer:
             except (*ERRORS, CantSend) as error:
                 blocked = isinstance(error, pika.exceptions.ConnectionBlockedTimeout)
                 lost = isinstance(error, pika.exceptions.AMQPConnectionError) and not blocked
-                if lost and self.proven:
+                if lost and not self.retry_until:
                     self.retry_until = time.monotonic() + RECONNECT_FOR
                     self.show_count(end="\n")
                     complain(f"Connection lost: {explain(error)}; trying again")
                 if time.monotonic() > self.retry_until:
                     raise CantSend(self.describe(error)) from None
             self.close()
-            self.proven = False
             time.sleep(1)
         if self.read_error:
             raise CantSend(f"Can't read standard input: {explain(self.read_error)}")
