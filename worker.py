@@ -47,7 +47,7 @@ import pika
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 LONGEST_PAUSE = 30  # seconds between two attempts to do what can't be done yet
-BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk
+BLOCKED_FOR = 1  # second to wait, without heartbeats, for a broker short of memory or disk
 GRACE = 5  # seconds that a command has to end in, when told to
 MAX_DELIVERIES = 15  # of a task that is never finished; quorum queues drop it after 20
 
@@ -171,30 +171,27 @@ class Worker:
 
     def wait_until(self, moment, ch):
         """Sleep, but answer heartbeats; raise TaskLost when the broker takes the task back."""
-        while ch.is_open:
+        while True:
             seconds = moment - time.monotonic()
             ch.connection.process_data_events(time_limit=max(0, seconds))
             if not ch.consumer_tags:
-                break
+                raise TaskLost
             if seconds <= 0:
                 return
-        raise TaskLost
 
     def end_command(self, process, connection):
         """End a command and all that it has started: politely, after GRACE seconds not."""
         deadline = time.monotonic() + GRACE
         left = signal_group(process, signal.SIGTERM)
-        while left and time.monotonic() < deadline:
+        # Who presses CTRL+C again is in a hurry.
+        while left and time.monotonic() < deadline and self.signals.count(signal.SIGINT) < 2:
             sleep_with_heartbeats(connection, 0.02)
             left = signal_group(process, 0)
-            if self.signals.count(signal.SIGINT) > 1:  # who presses CTRL+C again is in a hurry
-                break
         if signal_group(process, signal.SIGKILL) != "another user's":
             process.wait()
             return
         complain(f"Can't end {self.command[0]}, process {process.pid}, which is another user's")
-        # Without waiting for its end, there would be two of them.
-        while signal_group(process, 0) == "another user's" and not self.is_interrupted():
+        while signal_group(process, 0) and not self.is_interrupted():  # or there would be two
             sleep_with_heartbeats(connection, 0.1)
 
     # ---- A task that failed: its copy goes to another queue, then it is acknowledged ----
@@ -231,8 +228,8 @@ class Worker:
         # Not on the worker's connection: in an alarm, the broker blocks one that publishes.
         connection = pika.BlockingConnection(self.nodes)
         try:
-            # In an alarm the broker reads no further than the first message, which goes nowhere;
-            # a copy that waited behind it would be published later, once for every attempt.
+            # In an alarm the broker reads no further than the first message, until it is over. So
+            # an empty one goes first, to no queue: a copy that had to wait would come later, too.
             connection.channel().basic_publish(exchange="", routing_key="", body=b"")
             channel = declare_for_copies(connection, queue, arguments)
             channel.confirm_delivery()
@@ -338,7 +335,10 @@ def start_command(command, body):
 
 def signal_group(process, number):
     """Send a signal to a command and all that it has started, 0 for none; tell what is left."""
-    process.poll()  # or a command that has ended would still be there
+    # Who has ended is still there until waited for; as process 1, we inherit orphans, too.
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-process.pid, os.WNOHANG)[0]:
+            pass
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
@@ -358,6 +358,12 @@ def sleep_with_heartbeats(connection, seconds):
 
 # ---- Queues and messages ----
 
+# When a task expires in a queue with these, it is gone only once it is stored in its next queue.
+LOSE_NONE = {
+    "x-queue-type": "quorum",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
 # How the broker says which property of a queue differs from what was asked for.
 DIFFERENCE = r"arg '(x-[\w-]+)' .* current is (?:the value )?'([^']*)'"
 # Headers by which it would route, count or drop a copy.
@@ -383,10 +389,16 @@ def use_as_it_is(connection, queue, refusal):
 def declare_for_copies(connection, queue, arguments):
     """Return a channel, with the queue declared, that failed tasks are to go to.
 
-    With arguments, their copies have to come back from there: a queue that is there may have
-    more properties, as long as these hold and it does not expire itself. The broker names only
-    the first one that differs: so ask again with that one, too, until all are known.
+    With arguments, their copies have to come back from there. A queue that is there may have other
+    properties, as long as these hold and it does not expire itself. The broker names only the
+    first one that differs: so ask again with that one, too, until all are known.
     """
+    if arguments:
+        with contextlib.suppress(pika.exceptions.ChannelClosedByBroker):
+            channel = connection.channel()
+            new = {**arguments, **LOSE_NONE}
+            channel.queue_declare(queue=queue, durable=True, arguments=new)
+            return channel
     while True:
         channel = connection.channel()
         try:
@@ -422,7 +434,7 @@ def why_lost(connection, queue):
 def count(properties, name):
     """Return the number in a header, 0 where a stranger has put something else there."""
     value = (properties.headers or {}).get(name)
-    return max(0, value) if isinstance(value, int) else 0
+    return min(max(0, value), 2**62) if isinstance(value, int) else 0
 
 
 def copyable(headers):

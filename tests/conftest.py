@@ -114,6 +114,12 @@ def vhosts(broker):
     return {"classic": broker.url, "quorum": broker.add_quorum_vhost()}
 
 
+@pytest.fixture(scope="session")
+def fragile_vhosts(fragile_broker):
+    """The same of the server that may be stopped."""
+    return {"classic": fragile_broker.url, "quorum": fragile_broker.add_quorum_vhost()}
+
+
 @pytest.fixture
 def queue(request):
     """A queue name of this test's own."""

@@ -2,6 +2,7 @@
 
 import signal
 
+import pytest
 from servers import wait_until
 
 FAIL_IF_BAD = ["sh", "-c", "read task; echo $task >> $0; case $task in bad*) exit 3; esac"]
@@ -51,3 +52,23 @@ def test_of_tasks_that_fail_while_the_broker_is_killed_each_is_a_dead_letter(
     letters = {body.decode() for body in fragile_broker.bodies(f"{queue}.dlq")}
     assert {task for task in tasks if task.startswith("bad")} <= letters
     assert not any(letter.startswith("good") for letter in letters)
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_what_becomes_due_while_the_broker_is_killed_and_comes_back_is_not_lost(
+    fragile_broker, fragile_vhosts, run, send, queue, kind
+):
+    url = fragile_vhosts[kind]
+    tasks = [b"task %d" % number for number in range(150)]
+    send(url, queue, "first")
+    worker = run(url, "worker.py", "-q", queue, "--retry-delay", "6", "false")
+    worker.wait_for("Failed")
+    fragile_broker.settle()
+    send(url, queue, *map(bytes.decode, tasks))
+    worker.wait_for("Failed", times=1 + len(tasks))
+    wait_until(lambda: fragile_broker.ready(queue, url) == 0)
+    fragile_broker.kill()
+    worker.end()
+    fragile_broker.start()
+    back = set()
+    wait_until(lambda: back.update(fragile_broker.bodies(queue, url)) or set(tasks) <= back)
