@@ -402,6 +402,19 @@ def test_without_room_for_the_tasks_file_the_task_stays_in_hand(run, broker, que
         worker.end()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a worker process 1")
+def test_a_worker_that_is_process_1_ends_a_command_as_fast(broker, queue, send):
+    as_process_1 = ["unshare", "--pid", "--fork", "--kill-child", sys.executable]
+    options = ["-q", queue, "--time-limit", "1", "--", "sh", "-c", "sleep 60 & wait"]
+    worker = Script(["-c", EXEC, *as_process_1, ROOT / "worker.py", *options], broker.url)
+    try:
+        send(broker, queue, "task")
+        received = worker.wait_for("Received")
+        assert worker.wait_for("Failed: time limit of 1 s") - received < 1 + GRACE / 2
+    finally:
+        worker.end()
+
+
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
