@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servers import PATIENCE, servers
+from servers import MARK, PATIENCE, servers
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,21 +46,21 @@ class Script:
                 lines.append(line.decode().removesuffix("\n"))
                 self.changed.notify_all()
 
+    def moments(self, text):
+        """The moments at which the lines, of either stream, came that hold a text."""
+        return sorted(
+            self.seen[id(lines), number]
+            for lines in (self.out, self.err)
+            for number, line in enumerate(lines)
+            if text in line
+        )
+
     def wait_for(self, text, times=1, timeout=PATIENCE):
         """Wait for the nth line, of either stream, that holds a text; return when it came."""
-
-        def moments():
-            return sorted(
-                self.seen[id(lines), number]
-                for lines in (self.out, self.err)
-                for number, line in enumerate(lines)
-                if text in line
-            )
-
         with self.changed:
-            found = self.changed.wait_for(lambda: len(moments()) >= times, timeout)
+            found = self.changed.wait_for(lambda: len(self.moments(text)) >= times, timeout)
             assert found, f"no {text!r} ({times}) in {timeout} s: {self.out} {self.err}"
-            return moments()[times - 1]
+            return self.moments(text)[times - 1]
 
     def tasks(self, word):
         """The tasks of the lines that say "Received" or "Sent", as they are shown."""
@@ -87,6 +87,16 @@ class Script:
 
     def signal(self, number):
         self.process.send_signal(number)
+
+
+def started_in(folder, name=""):
+    """The processes of servers(), and of nothing_left(), in a folder: all, or of that name."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # others' may not be looked at
+            if name in process.name() and str(folder) in process.environ().get(MARK, ""):
+                found.append(process)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import pika
 import port_for
 from mirakuru import TCPExecutor
 from mirakuru.base_env import processes_with_env
+from mirakuru.exceptions import ProcessExitedWithError
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # of Debian's package; those on PATH insist on being root
@@ -67,7 +68,20 @@ class Broker(RabbitMqExecutor):
 
     @property
     def _popen_kwargs(self):
-        return {**super()._popen_kwargs, "stdout": subprocess.DEVNULL}  # nobody reads it
+        return {
+            **super()._popen_kwargs,
+            "cwd": self.folder,  # for its crash dump
+            "stdout": subprocess.DEVNULL,  # nobody reads it
+        }
+
+    def check_subprocess(self):
+        # The script that starts the server says 0 even where that fails, which mirakuru takes for
+        # the beginning of a daemon.
+        status = self.process.poll()
+        if status is not None:
+            self.kill()
+            raise ProcessExitedWithError(self, status)
+        return super().check_subprocess()
 
     def kill(self, *arguments, **options):
         # It waits for the shell that started the server; a port that is still open would let
@@ -157,9 +171,11 @@ def remove(folder):
     """Kill all that was started for a folder, then remove it."""
     # Again and again: one that ends may just have started another, or still write a file.
     while (found := processes_with_env(MARK, folder)) or os.path.exists(folder):
-        for process in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        # All stand still first: a server complains on the terminal of a part that ended before it.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
         shutil.rmtree(folder, ignore_errors=True)
 
 

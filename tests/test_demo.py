@@ -1,6 +1,5 @@
 """`tests/demo.py`: draws a real run of each way of dispatch, and leaves nothing behind."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import xml.etree.ElementTree
 import pexpect
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, started_in
 from servers import PATIENCE, wait_until
 
 DEMO = ROOT / "tests" / "demo.py"
@@ -20,16 +19,6 @@ FEW = ["--workers", "2", "--tasks", "4", "--heavy", "2", "--light", "1"]
 def queues(broker):
     """The names of all queues of a broker."""
     return lambda: broker.rabbitctl_output("-q", "list_queues", "name").split()
-
-
-def of_a_demo(folder, name=""):
-    """The processes of a demo's broker, which is in a folder: all, or those of that name."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # others' may not be looked at
-            if name in process.name() and str(folder) in process.environ().get("HOME", ""):
-                found.append(process)
-    return found
 
 
 def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, queues, tmp_path):
@@ -86,7 +75,7 @@ def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, be
     )
     with terminal:
         terminal.expect_exact(moment)
-        wait_until(lambda: not beginning or of_a_demo(tmp_path, beginning))
+        wait_until(lambda: not beginning or started_in(tmp_path, beginning))
         started = psutil.Process(terminal.pid).children(recursive=True)
         terminal.sendintr()
         terminal.expect(pexpect.EOF)
@@ -96,7 +85,8 @@ def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, be
     assert "\033[?" not in shown  # no mode was set
     _, alive = psutil.wait_procs(started, timeout=PATIENCE)
     assert not alive
-    assert of_a_demo(tmp_path) == []
+    assert started_in(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_does_not_start_is_reported(tmp_path):
@@ -122,14 +112,19 @@ def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(fragile_broker):
         stderr=subprocess.PIPE,
         text=True,
     )
-    process = psutil.Process(demo.pid)
-    wait_until(lambda: len(process.children()) == 2)
-    workers = process.children()
+
+    def workers():
+        children = psutil.Process(demo.pid).children()
+        return [child for child in children if "worker.py" in " ".join(child.cmdline())]
+
+    wait_until(lambda: len(workers()) == 2)
+    started = workers()
     wait_until(lambda: fragile_broker.rabbitctl_output("list_consumers", "ack_required"))
     fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
     assert demo.wait(PATIENCE) == 1
     assert "maintenance" in demo.stderr.read()
-    assert not any(worker.is_running() for worker in workers)
+    _, alive = psutil.wait_procs(started, timeout=PATIENCE)
+    assert not alive
 
 
 def test_an_unreachable_broker_is_reported():

@@ -1,14 +1,12 @@
 """No process and no file of the tests' servers is left, whoever started them is interrupted."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, started_in
 from servers import PATIENCE, wait_until
 
 START = """
@@ -20,16 +18,6 @@ with servers() as start:
     print("started", flush=True)
     time.sleep(3600)
 """
-
-
-def of(folder, name=""):
-    """The processes of servers in a folder: all, or those of that name."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # others' may not be looked at
-            if name in process.name() and str(folder) in process.environ().get("HOME", ""):
-                found.append(process)
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -46,7 +34,7 @@ def test_nothing_is_left_of_servers_whoever_started_them_is_killed(moment, numbe
     with starter:
         while moment in ("begun", "started") and moment not in starter.stdout.readline():
             assert starter.poll() is None
-        wait_until(lambda: moment in ("begun", "started") or of(tmp_path, moment))
+        wait_until(lambda: moment in ("begun", "started") or started_in(tmp_path, moment))
         starter.send_signal(number)
         starter.wait(PATIENCE)
-    wait_until(lambda: not of(tmp_path) and not list(tmp_path.iterdir()))
+    wait_until(lambda: not started_in(tmp_path) and not list(tmp_path.iterdir()))
