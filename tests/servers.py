@@ -153,7 +153,7 @@ def nothing_left():
     before = os.environ.get(MARK, "")
     remover = subprocess.Popen(
         [sys.executable, __file__, folder],
-        env={**os.environ, MARK: ""},  # it ends by itself
+        env={**os.environ, MARK: ""},  # or that of a block around this one would kill it
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
