@@ -47,13 +47,14 @@ class Script:
                 self.changed.notify_all()
 
     def moments(self, text):
-        """The moments at which the lines, of either stream, came that hold a text."""
-        return sorted(
-            self.seen[id(lines), number]
-            for lines in (self.out, self.err)
-            for number, line in enumerate(lines)
-            if text in line
-        )
+        """When the lines came, of either stream, that hold a text."""
+        with self.changed:
+            return sorted(
+                self.seen[id(lines), number]
+                for lines in (self.out, self.err)
+                for number, line in enumerate(lines)
+                if text in line
+            )
 
     def wait_for(self, text, times=1, timeout=PATIENCE):
         """Wait for the nth line, of either stream, that holds a text; return when it came."""
@@ -97,6 +98,10 @@ def started_in(folder, name=""):
             if name in process.name() and str(folder) in process.environ().get(MARK, ""):
                 found.append(process)
     return found
+
+
+def longest_pause(moments):
+    return max(after - before for before, after in zip(moments, moments[1:]))
 
 
 @pytest.fixture(scope="session")

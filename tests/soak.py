@@ -1,160 +1,318 @@
 #!/usr/bin/env python3
 """Kill workers, brokers and connections at random while tasks stream; print what came of it.
 
-    tests/soak.py                    1,000 tasks, four workers: about two minutes
-    tests/soak.py --seed 7           the same faults at the same moments once more
+    tests/soak.py                        1,000 tasks, four workers, classic queues: three minutes
+    tests/soak.py --quorum --policy      quorum queues, and README's policy for QUEUE.retry
+    tests/soak.py --cluster --policy     three nodes; one after the other is killed and comes back
+    tests/soak.py --seed 7               the same faults at the same tasks once more
 
-Every task is a command that writes its name into a file after its work: that, not what a worker
-says, tells what was done. To be run by hand; test_soak.py has a short form.
+Some tasks fail once or twice, some always. Each is a command that writes down what became of it:
+that, not what a worker says, tells what was done. To be run by hand; test_soak.py has a short form.
 """
 
 import argparse
 import collections
-import contextlib
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import port_for
-from conftest import ROOT, Script
-from servers import PATIENCE, free_port, servers, wait_until
+from conftest import ROOT, Script, longest_pause
+from servers import PATIENCE, free_port, servers, start_cluster, wait_until
 
 HEARTBEAT = 2  # seconds
 STALL = 3 * HEARTBEAT  # seconds, longer than the two after which a connection counts as lost
-WORK = "read task; sleep 0.3; echo $task >> {}"
+STOOD_STILL = 10  # seconds without a task, that a cluster is allowed
+RETRIES = 2
+RETRY_DELAY = 2  # seconds
+QUIET = 2 * RETRY_DELAY + 1  # seconds after which nothing more comes from QUEUE.retry, ...
+STUCK = 200  # ... but when a node was lost: RabbitMQ moves a task once more after three minutes
+ALWAYS = 99  # times that a task fails
+FAILURES = {0: 85, 1: 6, 2: 5, ALWAYS: 4}  # times that a task fails: how many percent do
+
+# A task's text is its name, and how often it is to fail; $0 is a folder.
+WORK = """
+read name fails times
+sleep 0.3
+[ "$(grep -cx "$name" "$0/failed")" -ge "$times" ] || { echo "$name" >> "$0/failed"; exit 3; }
+echo "$name" >> "$0/done"
+"""
+POLICY = {"dead-letter-strategy": "at-least-once", "overflow": "reject-publish"}  # README's
 
 
 class Soak:
-    """A broker behind a proxy, a producer, and workers that are started again when killed."""
+    """A broker behind a proxy, or a cluster; a producer; workers, started again when killed."""
 
-    def __init__(self, broker, folder, workers):
-        self.broker = broker
-        self.done_file = folder / "done"
-        self.done_file.touch()
-        self.proxy_port = free_port()
-        target = [str(self.proxy_port), str(broker.port)]
-        self.proxy = subprocess.Popen([sys.executable, ROOT / "tests" / "proxy.py", *target])
-        wait_until(lambda: port_for.port_is_used(self.proxy_port))
-        query = f"?heartbeat={HEARTBEAT}"
-        self.url = f"amqp://guest:guest@127.0.0.1:{self.proxy_port}/%2F{query}"
-        self.ended = []  # workers that were killed
+    def __init__(self, nodes, vhost, folder, workers, moments):
+        self.nodes = nodes
+        self.vhost = vhost
+        self.folder = folder
+        for name in ("done", "failed"):
+            (folder / name).touch()
+        self.moments = moments
+        self.url = nodes[0].url_of(vhost=vhost)  # for what is done beside the scripts
+        self.proxy = None
+        self.urls = [node.url_of(vhost=vhost) for node in nodes]
+        if len(nodes) == 1:
+            port, target = free_port(), nodes[0].port
+            command = [sys.executable, ROOT / "tests" / "proxy.py", str(port), str(target)]
+            self.proxy = subprocess.Popen(command)
+            wait_until(lambda: port_for.port_is_used(port))
+            url = nodes[0].url_of(vhost=vhost, query=f"?heartbeat={HEARTBEAT}")
+            self.urls = [url.replace(f":{target}/", f":{port}/")]
+        self.scripts = []  # all, those that were killed, too
+        self.events = []  # (time.monotonic(), what was done to them)
+        self.unsure = 0  # tasks that may be in a queue twice, by whatever was killed
         self.workers = [self.worker() for _ in range(workers)]
-        for worker in self.workers:
-            worker.wait_for("Waiting")
-        broker.settle()
         self.producer = self.script("new_task.py", "-", stdin=subprocess.PIPE)
-        self.written = 0
+        self.tasks = {}  # those written: how often each is to fail
         self.peak = 0  # of the tasks that are not confirmed
-        self.in_hand = 0  # tasks, whenever something was killed
+
+        self.write("first", ALWAYS)  # its queues are to be there, and safe, before the first fault
+        wait_until(lambda: nodes[0].ready("task_queue.dlq", self.url))
+        nodes[0].settle()
+        self.begin = time.monotonic()
+
+    # ---- The scripts ----
 
     def script(self, name, *arguments, **options):
-        return Script([ROOT / name, *arguments], self.url, **options)
+        self.moments.shuffle(self.urls)
+        self.scripts.append(Script([ROOT / name, *arguments], ",".join(self.urls), **options))
+        return self.scripts[-1]
 
     def worker(self):
-        return self.script("worker.py", "sh", "-c", WORK.format(self.done_file))
+        options = ["--retries", str(RETRIES), "--retry-delay", str(RETRY_DELAY)]
+        return self.script("worker.py", *options, "sh", "-c", WORK, self.folder)
 
-    def write(self, tasks, seconds):
-        """Stream tasks to the producer, spread over a time."""
-        for number in range(tasks):
-            self.producer.process.stdin.write(b"task-%d\n" % number)
-            self.producer.process.stdin.flush()
-            self.written += 1
-            self.peak = max(self.peak, self.unconfirmed())
-            time.sleep(seconds / tasks)
+    def write(self, name, times):
+        self.producer.process.stdin.write(f"{name} fails {times}\n".encode())
+        self.producer.process.stdin.flush()
+        self.tasks[name] = times
+        self.peak = max(self.peak, self.unconfirmed())
+
+    def stream(self, failures, rate):
+        for number, times in enumerate(failures):
+            self.write(f"task-{number}", times)
+            time.sleep(1 / rate)
         self.producer.process.stdin.close()
 
     def unconfirmed(self):
-        return self.written - len(self.producer.out)
+        return len(self.tasks) - len(self.producer.out)
 
-    def kill_worker(self, moments):
-        number = moments.randrange(len(self.workers))
-        self.in_hand += 1
+    def died(self):
+        """The workers that ended by themselves."""
+        return [worker for worker in self.workers if worker.process.poll() is not None]
+
+    # ---- Faults ----
+
+    def kill_worker(self):
+        number = self.moments.randrange(len(self.workers))
+        self.note(f"killing worker {self.workers[number].process.pid}")
         self.workers[number].signal(signal.SIGKILL)
-        self.ended.append(self.workers[number])
         self.workers[number] = self.worker()
 
-    def kill_broker(self, moments):
-        self.in_hand += len(self.workers) + self.unconfirmed()
-        self.broker.kill()
-        time.sleep(moments.uniform(0, 2))
-        self.broker.start()
+    def kill_broker(self):
+        node = self.moments.choice(self.nodes)
+        self.note(f"killing {node.url}")
+        self.unsure += self.unconfirmed() + self.forgotten()
+        node.kill()
+        time.sleep(self.moments.uniform(0, 2))
+        node.start()
+        self.note(f"started {node.url}")
+        wait_until(self.is_whole, 3 * PATIENCE)
 
-    def cut_connections(self, _):
+    def cut_connections(self):
         # rabbitmqctl takes a second or more until it cuts: what is in hand then, counts.
+        self.note("cutting connections")
         self.peak = self.unconfirmed()
-        self.broker.rabbitctl_output("close_all_connections", "soak")
-        self.in_hand += len(self.workers) + self.peak
+        self.nodes[0].rabbitctl_output("close_all_connections", "--global", "soak")
+        self.unsure += self.peak
 
-    def stall_network(self, _):
+    def stall_network(self):
+        self.note("stalling the network")
         before = self.unconfirmed()
         self.proxy.send_signal(signal.SIGSTOP)
         time.sleep(STALL)
-        self.in_hand += len(self.workers) + max(before, self.unconfirmed())
+        self.unsure += max(before, self.unconfirmed())
         self.proxy.send_signal(signal.SIGCONT)
 
-    def done(self):
-        return collections.Counter(self.done_file.read_text().split())
+    def note(self, text):
+        self.events.append((time.monotonic(), text))
+
+    def is_whole(self):
+        """Whether each quorum queue has a member on every node: else the next kill is one too many.
+
+        It is enough that they are there: one that lags behind can vote for one that doesn't.
+        """
+        if len(self.nodes) == 1:
+            return True
+        online = self.nodes[0].rabbitctl_output("-q", "list_queues", "-p", self.vhost, "online")
+        return all(line.count("@") == len(self.nodes) for line in online.splitlines()[1:])
+
+    def forgotten(self):
+        """How many tasks a classic queue has forgotten, when killed, that it was rid of.
+
+        It writes that to the disk no sooner than a task that is sent there: if none is, it
+        forgets the acknowledgements of minutes.
+        """
+        if self.vhost == "q":
+            return 0
+        failed = self.moments_of("Failed")
+        sent = max(self.moments_of("Sent"))
+        rid_of = [moment for moment in [*failed, *self.moments_of("Done")] if moment > sent - 0.5]
+        # So does QUEUE.retry, of what it has put back into QUEUE.
+        return len(rid_of) + sum(moment > max(failed) - RETRY_DELAY for moment in failed)
+
+    # ---- What came of it ----
+
+    def moments_of(self, word):
+        return [moment for script in self.scripts for moment in script.moments(word)]
+
+    def lines(self, name):
+        """How often each task is in a file."""
+        return collections.Counter((self.folder / name).read_text().split())
+
+    def ready(self, suffix):
+        return self.nodes[0].ready(f"task_queue{suffix}", self.url)
+
+    def wait_for_the_end(self):
+        """Wait until every task has come to its end, or nothing happens any more."""
+        since, before, complete = time.monotonic(), None, False
+        while time.monotonic() < since + (QUIET if complete else STUCK):
+            done, failed = self.lines("done"), self.lines("failed")
+            waiting = self.ready(""), self.ready(".retry")
+            if before != (done, failed, waiting):
+                since, before = time.monotonic(), (done, failed, waiting)
+            complete = not any(waiting) and all(
+                failed[name] > RETRIES if times == ALWAYS else name in done
+                for name, times in self.tasks.items()
+            )
+            time.sleep(0.2)
+
+    def dead_letters(self):
+        """Take out all dead letters: (task, why)."""
+        with self.nodes[0].channel(self.url) as channel:
+            got = iter(lambda: channel.basic_get("task_queue.dlq", auto_ack=True), (None,) * 3)
+            return [
+                (body.decode().split()[0], properties.headers["x-last-error"])
+                for _, properties, body in got
+            ]
+
+    def acknowledged(self):
+        """How often workers called each task done."""
+        found = collections.Counter()
+        for script in self.scripts:
+            name = None
+            for line in script.out:
+                name = line.split("'")[1].split()[0] if "Received" in line else name
+                found[name] += "Done" in line
+        return found
+
+    def history(self):
+        """All that was done and said, by the second: for who has to find out why."""
+        said = [
+            (
+                script.seen[id(lines), number],
+                f"{script.process.args[1].name} {script.process.pid} {line}",
+            )
+            for script in self.scripts
+            for lines in (script.out, script.err)
+            for number, line in enumerate(lines)
+        ]
+        return "".join(
+            f"{moment - self.begin:9.3f} {text}\n" for moment, text in sorted(said + self.events)
+        )
 
     def end(self):
         """End all; return the exit statuses of the workers that were not killed."""
-        with contextlib.suppress(ProcessLookupError):
+        if self.proxy:
             self.proxy.send_signal(signal.SIGCONT)
         for worker in self.workers:
             worker.signal(signal.SIGTERM)
         statuses = [worker.wait() for worker in self.workers]
         self.producer.process.kill()
-        self.proxy.kill()
-        self.proxy.wait()
+        self.producer.wait()
+        if self.proxy:
+            self.proxy.kill()
+            self.proxy.wait()
         return statuses
 
 
-def soak(broker, folder, *, seed, tasks, workers, kills, outages, cuts, stalls):
+def soak(nodes, folder, *, vhost, policy, seed, tasks, rate, workers, kills, outages, cuts, stalls):
     """Return figures, by name; those that have to be zero begin with "lost" or "wrong"."""
     moments = random.Random(seed)
-    run = Soak(broker, folder, workers)
+    if policy:
+        nodes[0].rabbitctl_output(
+            *("set_policy", "-p", vhost, "--apply-to", "queues", "retry", r"\.retry$"),
+            json.dumps(POLICY),
+        )
+    run = Soak(nodes, vhost, folder, workers, moments)
+    failures = moments.choices([*FAILURES], [*FAILURES.values()], k=tasks)
     faults = [run.kill_worker] * kills + [run.kill_broker] * outages
     faults += [run.cut_connections] * cuts + [run.stall_network] * stalls
     moments.shuffle(faults)
-    begin = time.monotonic()
-    writer = threading.Thread(target=run.write, args=(tasks, tasks * 0.3 / workers), daemon=True)
+    writer = threading.Thread(target=run.stream, args=(failures, rate), daemon=True)
     writer.start()
-    by_themselves = 0
+    died = set()
     try:
-        for fault in faults:
-            time.sleep(moments.uniform(0, 2 * tasks * 0.3 / workers / len(faults)))
-            by_themselves += sum(worker.process.poll() is not None for worker in run.workers)
-            fault(moments)
-        sent_status = run.producer.wait(PATIENCE + tasks)
-        confirmed = {line.split("'")[1] for line in run.producer.out}
-        with contextlib.suppress(AssertionError):
-            wait_until(lambda: confirmed <= set(run.done()), PATIENCE + tasks)
-        seconds = time.monotonic() - begin
+        for number, fault in zip(sorted(moments.sample(range(tasks), len(faults))), faults):
+            wait_until(lambda n=number: len(run.tasks) > n or not writer.is_alive(), tasks)
+            died.update(run.died())
+            fault()
+        sent_status = run.producer.wait(PATIENCE + tasks / rate)
+        run.wait_for_the_end()
+        seconds = time.monotonic() - run.begin
         for worker in run.workers:
             worker.wait_for("Waiting")  # the last one may not listen to signals yet
-        by_themselves += sum(worker.process.poll() is not None for worker in run.workers)
+        died.update(run.died())
     finally:
         statuses = run.end()
-    done = run.done()
-    errors = [line for script in (*run.ended, *run.workers, run.producer) for line in script.err]
-    queue_left = broker.ready("task_queue")
+        (folder / "history").write_text(run.history())
+
+    names = {line.split("'")[1].split()[0] for line in run.producer.out}
+    done, letters = run.lines("done"), run.dead_letters()
+    ends = done + collections.Counter(name for name, _ in letters)
+    right = [run.tasks[name] == ALWAYS and why == "exit status 3" for name, why in letters]
+    repeated = sum(ends.values()) - len(ends)
+    unacknowledged = sum((done - run.acknowledged()).values())
+    in_hand = len(run.moments_of("Waiting"))  # for no connection ends with more than one task
+    sent = [moment for moment in run.producer.moments("Sent") if moment > run.begin]
+    worked = [*run.moments_of("Done"), *run.moments_of("Failed")]
+    worked = sorted(moment for moment in worked if moment > run.begin)
+    still = max(longest_pause([run.begin, *sent]), longest_pause([run.begin, *worked]))
+    errors = [line for script in run.scripts for line in script.err]
     return {
         "seed": seed,
         "seconds": round(seconds),
-        "tasks": tasks,
-        "confirmed": len(confirmed),
+        "tasks": len(run.tasks),
+        "confirmed": len(names),
+        "failed once or twice, and then done": sum(
+            0 < times < ALWAYS for times in run.tasks.values()
+        ),
+        "failed always: dead letters": len({name for name, _ in letters}),
         "workers killed": kills,
         "broker killed": outages,
         "connections cut": cuts,
         "network stalled": stalls,
-        "lost: confirmed and not done": len(confirmed - set(done)),
-        "lost: left in the queue": queue_left,
-        "repeated": sum(done.values()) - len(done),
-        "in hand at a fault, at most": run.in_hand,
-        "wrong: repeated more": max(0, sum(done.values()) - len(done) - run.in_hand),
-        "wrong: workers that ended by themselves": by_themselves + sum(map(bool, statuses)),
+        "lost: confirmed, neither done nor a dead letter": len(names - set(ends)),
+        "lost: left in task_queue": run.ready(""),
+        "lost: left in task_queue.retry": run.ready(".retry"),
+        "wrong: dead letters that should not be": right.count(False),
+        "repeated": repeated,
+        "of these, dead letters": len(letters) - len({name for name, _ in letters}),
+        "of these, done before, but not acknowledged": unacknowledged,
+        "in hand when a worker was killed or cut off, at most": in_hand,
+        "sent and not yet confirmed, or forgotten, at a fault, at most": run.unsure,
+        "wrong: repeated more": max(0, repeated - in_hand - run.unsure, unacknowledged - in_hand),
+        "longest time without a task, s": round(still, 1),
+        "wrong: a cluster stood still": int(len(nodes) > 1 and still > STOOD_STILL),
+        "wrong: workers that ended by themselves": len(died) + sum(map(bool, statuses)),
         "wrong: exit status of the producer": sent_status,
         "wrong: tracebacks": sum("Traceback" in line for line in errors),
     }
@@ -164,21 +322,36 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quorum", action="store_true", help="queues, in place of classic ones")
+    parser.add_argument("--policy", action="store_true", help="README's for QUEUE.retry")
+    parser.add_argument("--cluster", action="store_true", help="of three, with quorum queues")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--tasks", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=8, help="tasks a second")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20, help="of workers, by SIGKILL")
-    parser.add_argument("--outages", type=int, default=3, help="of the broker, by SIGKILL")
+    parser.add_argument("--outages", type=int, default=3, help="of a broker, by SIGKILL")
     parser.add_argument("--cuts", type=int, default=4, help="of all connections")
-    parser.add_argument("--stalls", type=int, default=2, help="of the network")
-    options = parser.parse_args()
-    print(f"seed {options.seed}", flush=True)
+    parser.add_argument("--stalls", type=int, default=2, help="of the network; none in a cluster")
+    parser.add_argument("--keep", type=Path, help="a new folder, for what was said, and logs")
+    options = vars(parser.parse_args())
+    quorum, cluster, keep = (options.pop(name) for name in ("quorum", "cluster", "keep"))
+    print(f"seed {options['seed']}", flush=True)
+    if cluster:
+        options["stalls"] = 0  # there is no proxy
     with servers() as start:
-        broker = start()
-        figures = soak(broker, broker.folder, **vars(options))
-    print("| | |\n| --- | --- |")
-    for name, value in figures.items():
-        print(f"| {name} | {value} |")
+        nodes = start_cluster(start) if cluster else [start()]
+        if quorum and not cluster:
+            nodes[0].add_quorum_vhost()
+        vhost = "q" if quorum or cluster else "%2F"
+        figures = soak(nodes, nodes[0].folder, vhost=vhost, **options)
+        print("| | |\n| --- | --- |")
+        for name, value in figures.items():
+            print(f"| {name} | {value} |")
+        if keep:
+            shutil.copytree(nodes[0].folder, keep, ignore=shutil.ignore_patterns("mnesia"))
+            for number, node in enumerate(nodes[1:], 2):
+                shutil.copytree(node.folder / "log", keep / f"log-{number}")
     return any(value for name, value in figures.items() if name.startswith(("lost", "wrong")))
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from conftest import longest_pause
 from servers import start_cluster, wait_until
 
 STOOD_STILL = 10  # seconds that are allowed, from the death of a node to the next task
@@ -51,18 +52,10 @@ class Stream:
         for script, word in ((self.producer, "Sent"), (self.worker, "Done")):
 
             def later(script=script, word=word):
-                with script.changed:
-                    return [
-                        moment
-                        for (stream, number), moment in script.seen.items()
-                        if stream == id(script.out)
-                        and moment > killed_at
-                        and word in script.out[number]
-                    ]
+                return [moment for moment in script.moments(word) if moment > killed_at]
 
             wait_until(lambda later=later: len(later()) > 20)
-            moments = [killed_at, *later()]
-            pauses.append(max(after - before for before, after in zip(moments, moments[1:])))
+            pauses.append(longest_pause([killed_at, *later()]))
         return max(pauses)
 
 
