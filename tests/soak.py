@@ -124,8 +124,11 @@ class Soak:
         node.kill()
         time.sleep(self.moments.uniform(0, 2))
         node.start()
+        started = time.monotonic()
         self.note(f"started {node.url}")
         wait_until(self.is_whole, 3 * PATIENCE)
+        # The producer tries for no more than 30 s: one outage at a time.
+        wait_until(lambda: not self.unconfirmed() or self.moments_of("Sent")[-1] > started)
 
     def cut_connections(self):
         # rabbitmqctl takes a second or more until it cuts: what is in hand then, counts.
