@@ -2,8 +2,8 @@
 """Kill workers, brokers and connections at random while tasks stream; print what came of it.
 
     tests/soak.py                        1,000 tasks, four workers, classic queues: three minutes
-    tests/soak.py --quorum --policy      quorum queues, and README's policy for QUEUE.retry
-    tests/soak.py --cluster --policy     three nodes; one after the other is killed and comes back
+    tests/soak.py --quorum               quorum queues
+    tests/soak.py --cluster              three nodes; one after the other is killed and comes back
     tests/soak.py --seed 7               the same faults at the same tasks once more
 
 Some tasks fail once or twice, some always. Each is a command that writes down what became of it:
@@ -12,7 +12,6 @@ that, not what a worker says, tells what was done. To be run by hand; test_soak.
 
 import argparse
 import collections
-import json
 import random
 import shutil
 import signal
@@ -43,7 +42,6 @@ sleep 0.3
 [ "$(grep -cx "$name" "$0/failed")" -ge "$times" ] || { echo "$name" >> "$0/failed"; exit 3; }
 echo "$name" >> "$0/done"
 """
-POLICY = {"dead-letter-strategy": "at-least-once", "overflow": "reject-publish"}  # README's
 
 
 class Soak:
@@ -166,11 +164,9 @@ class Soak:
         """
         if self.vhost == "q":
             return 0
-        failed = self.moments_of("Failed")
         sent = max(self.moments_of("Sent"))
-        rid_of = [moment for moment in [*failed, *self.moments_of("Done")] if moment > sent - 0.5]
-        # So does QUEUE.retry, of what it has put back into QUEUE.
-        return len(rid_of) + sum(moment > max(failed) - RETRY_DELAY for moment in failed)
+        rid_of = [*self.moments_of("Failed"), *self.moments_of("Done")]
+        return sum(moment > sent - 0.5 for moment in rid_of)
 
     # ---- What came of it ----
 
@@ -247,14 +243,9 @@ class Soak:
         return statuses
 
 
-def soak(nodes, folder, *, vhost, policy, seed, tasks, rate, workers, kills, outages, cuts, stalls):
+def soak(nodes, folder, *, vhost, seed, tasks, rate, workers, kills, outages, cuts, stalls):
     """Return figures, by name; those that have to be zero begin with "lost" or "wrong"."""
     moments = random.Random(seed)
-    if policy:
-        nodes[0].rabbitctl_output(
-            *("set_policy", "-p", vhost, "--apply-to", "queues", "retry", r"\.retry$"),
-            json.dumps(POLICY),
-        )
     run = Soak(nodes, vhost, folder, workers, moments)
     failures = moments.choices([*FAILURES], [*FAILURES.values()], k=tasks)
     faults = [run.kill_worker] * kills + [run.kill_broker] * outages
@@ -326,7 +317,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quorum", action="store_true", help="queues, in place of classic ones")
-    parser.add_argument("--policy", action="store_true", help="README's for QUEUE.retry")
     parser.add_argument("--cluster", action="store_true", help="of three, with quorum queues")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--tasks", type=int, default=1000)

@@ -8,16 +8,14 @@ from soak import soak
 def test_every_confirmed_task_comes_to_its_end_whatever_is_killed_meanwhile(new_broker, tmp_path):
     broker = new_broker()
     vhost = "%2F"
-    if broker.version() >= (4, 0):  # before, a killed node's quorum queues are away for a minute
+    if broker.version() >= (4, 0):
         broker.add_quorum_vhost()
         vhost = "q"
     faults = {"kills": 3, "outages": 1, "cuts": 1, "stalls": 1}
     size = {"tasks": 100, "rate": 10, "workers": 4}
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    figures = soak(
-        [broker], tmp_path, vhost=vhost, policy=vhost == "q", seed=seed, **size, **faults
-    )
+    figures = soak([broker], tmp_path, vhost=vhost, seed=seed, **size, **faults)
     print(figures)
     assert figures["confirmed"] == figures["tasks"]
     wrong = {name: value for name, value in figures.items() if name.startswith(("lost", "wrong"))}
