@@ -28,7 +28,7 @@ from conftest import ROOT
 from servers import PATIENCE
 
 README = (ROOT / "README.md").read_text()
-BY_HAND = 4  # blocks: Docker, root's rights
+BY_HAND = 3  # blocks: Docker, root's rights
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
 PROMPT, MORE = "<ready>", "<more>"
 KEYS = {"CTRL+C": "c", "CTRL+Z": "z"}
