@@ -79,7 +79,7 @@ class Worker:
         self.pause = 1  # seconds until the next attempt to connect
         self.connected_before = False
         self.signals = []  # that have come, to stop this worker
-        self.exit_signals = ANY_SIGNAL  # those that end it at once; others are only noted
+        self.exit_signals = ANY_SIGNAL  # see on_signal()
 
     def consume(self, connection):
         channel = connection.channel()
@@ -299,6 +299,9 @@ class Worker:
             time.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
+    # Which signals end the worker at once? While it waits: all. While it works: CTRL+C and its
+    # like. While it has a command to end first: none. The others are only noted.
+
     def on_signal(self, number, _):
         self.signals.append(number)
         if number in self.exit_signals:
@@ -389,15 +392,14 @@ def use_as_it_is(connection, queue, refusal):
 def declare_for_copies(connection, queue, arguments):
     """Return a channel, with the queue declared, that failed tasks are to go to.
 
-    With arguments, their copies have to come back from there. A queue that is there may have other
-    properties, as long as these hold and it does not expire itself. The broker names only the
-    first one that differs: so ask again with that one, too, until all are known.
+    With arguments, their copies have to come back from there: a new queue is to lose none. One
+    that is there may have other properties, as long as these hold and it does not expire itself.
+    The broker names only the first that differs: so ask again with it, until all are known.
     """
     if arguments:
         with contextlib.suppress(pika.exceptions.ChannelClosedByBroker):
             channel = connection.channel()
-            new = {**arguments, **LOSE_NONE}
-            channel.queue_declare(queue=queue, durable=True, arguments=new)
+            channel.queue_declare(queue=queue, durable=True, arguments={**arguments, **LOSE_NONE})
             return channel
     while True:
         channel = connection.channel()
