@@ -16,6 +16,10 @@ from servers import MARK, PATIENCE, servers
 
 ROOT = Path(__file__).parent.parent
 
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as in the background of a script
+        signal.signal(number, signal.SIG_DFL)  # or the scripts would ignore it, too
+
 
 class Script:
     """A running new_task.py or worker.py, its output collected line by line."""
