@@ -4,6 +4,7 @@ Nothing here touches a server that was running before: ports, data and the port 
 of one's own. When it ends, or is interrupted or killed at any moment, all of it is gone.
 """
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 import pika
 import port_for
 from mirakuru import TCPExecutor
+from mirakuru.base import cleanup_subprocesses
 from mirakuru.base_env import processes_with_env
 from mirakuru.exceptions import ProcessExitedWithError
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
@@ -27,6 +29,9 @@ PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # of Debian's package; those on PATH i
 PATIENCE = 60  # seconds after which something that has not come is an error
 MARK = "WORK_QUEUE_STARTED_BY"  # in the environment of all that is started: the folders
 taken = []  # sockets that keep other runs from choosing the same ports
+
+# It kills whatever has the digits of this process's id anywhere in its mark: others' servers, too.
+atexit.unregister(cleanup_subprocesses)
 
 
 class Broker(RabbitMqExecutor):
