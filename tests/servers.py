@@ -26,6 +26,7 @@ from mirakuru.exceptions import ProcessExitedWithError
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # of Debian's package; those on PATH insist on being root
+TEMPORARY = Path(tempfile.gettempdir())  # once, as it tries a file, which an interrupt would leave
 PATIENCE = 60  # seconds after which something that has not come is an error
 MARK = "WORK_QUEUE_STARTED_BY"  # in the environment of all that is started: the folders
 taken = []  # sockets that keep other runs from choosing the same ports
@@ -154,7 +155,7 @@ def nothing_left():
     for the end of a pipe. Servers start processes in sessions of their own, and daemons: they are
     found by what they all have in their environment.
     """
-    folder = Path(tempfile.gettempdir(), f"work-queue-{uuid.uuid4()}")
+    folder = TEMPORARY / f"work-queue-{uuid.uuid4()}"
     before = os.environ.get(MARK, "")
     remover = subprocess.Popen(
         [sys.executable, __file__, folder],
