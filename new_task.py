@@ -1,428 +1,318 @@
 #!/usr/bin/env python3
-"""Send tasks to a RabbitMQ work queue, for worker.py to do.
+"""Send tasks to a RabbitMQ work queue, for worker.py to process.
 
-usage: new_task.py [-u URL] [-q QUEUE] [TASK ...]
+  new_task.py First message.       one task; each dot is a second of work
+  new_task.py                      sends Hello World!
+  new_task.py - < tasks.txt        one task for each line of standard input
 
-    new_task.py First message.      one task, a second of work for every dot
-    new_task.py                     sends Hello World!
-    new_task.py - < tasks.txt       a task for every line of standard input
-    new_task.py -- --dry-run.       a task that begins with a dash
-
-  -u, --url URL      AMQP URL, or several with commas between them, tried in order
-                     (default: the environment variable AMQP_URL, or else the broker
-                     on this machine)
-  -q, --queue QUEUE  default: task_queue
-  -h, --help         show this
-
-A task is called sent once the broker has confirmed that it keeps it. If not every
-task could be confirmed, the exit status is 1 and standard error says how many were.
-A broker out of reach is an error at once; a connection that is lost in mid-stream is
-made anew for up to 30 s.
+A task is printed as sent once the broker has confirmed it. If any task is unconfirmed,
+the exit status is not 0, and standard error says how many were confirmed. The broker must
+be reachable at the start. After losing the connection, it tries to reconnect for 30 seconds
+and sends unconfirmed tasks again, so some may then be in the queue twice.
 """
 
+import argparse
 import collections
 import contextlib
-import getopt
-import math
 import os
 import re
 import reprlib
 import select
 import signal
-import socket
 import sys
-import threading
 import time
 
 import pika
 from pika.adapters.select_connection import IOLoop
-from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-WINDOW = 1000  # tasks of up to 10 kB that may be on their way at one time
-BATCH = 100  # tasks to publish before pika sends them, and hears the broker
-RECONNECT_FOR = 30  # seconds to try for, when a connection that worked is lost
-BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk
+RECONNECT_FOR = 30  # seconds to keep trying after the connection is lost
+BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
+MAX_UNCONFIRMED = 1000  # tasks, before more input is read
+MAX_UNCONFIRMED_BYTES = 1_000_000
+LONGEST_NAME = 255  # bytes in a queue name
 
-ERRORS = (pika.exceptions.AMQPError, AMQPConnectionWorkflowFailed, OSError, MemoryError)
-
-
-class CantSend(Exception):
-    """Why the rest of the tasks can't be sent, in words for the user."""
-
-
-class OutputLost(Exception):
-    """Standard output is full, or nobody reads it any more."""
-
-
-class Stopped(BaseException):
-    """A signal has come. As it is no Exception, nobody but main() catches it."""
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException)  # what pika raises
+NOT_RETRIED = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
 
 
 class Producer:
-    """The tutorial's producer is send(); all else is what it leaves out."""
+    """Publishes tasks to a queue, and keeps each one until the broker has confirmed it.
 
-    def __init__(self):
-        self.nodes = self.queue = None  # where to, as run() is told
-        self.tasks = collections.deque()  # read, to be published: (line number, body)
-        self.unconfirmed = collections.deque()  # published, oldest first
-        self.oldest_tag = 1  # delivery tag of the first of these
-        self.answers = {}  # not yet printed, by delivery tag: whether the broker keeps the task
-        self.confirmed = self.confirmed_line = 0  # how many tasks, and the last one's line
-        self.room = threading.Semaphore(WINDOW)
-        self.reading = True
-        self.read_error = None
-        self.loop = IOLoop()  # pika works only while we run its loop
-        self.news = collections.deque()  # what pika has told us meanwhile
-        self.connection = None
-        self.retry_until = 0  # time.monotonic(), till when to try; 0 while the connection works
+    pika's BlockingConnection would wait for each confirmation, which is ten times slower than
+    leaving many tasks unconfirmed. SelectConnection calls back instead; see next_event().
+    """
 
-    def send(self):
-        # The tutorial's BlockingConnection would wait for each confirmation before the next task.
-        # Here many tasks are on their way: pika tells hear() what comes, wait() returns it.
-        # When the connection is lost, run() does all of this once more.
-        self.oldest_tag, self.answers = 1, {}
-        self.news.clear()
-        pika.SelectConnection.create_connection(
-            self.nodes, on_done=self.hear, custom_ioloop=self.loop
-        )
-        self.connection = self.wait()
-        self.connection.add_on_close_callback(self.hear)
-
-        channel = self.open_channel()
-        try:
-            channel.queue_declare(queue=self.queue, durable=True, callback=self.hear)
-            self.wait()
-        except pika.exceptions.ChannelClosedByBroker as refusal:
-            channel = self.use_as_it_is(refusal)
-
-        if not self.unconfirmed:  # else a confirmation is to prove that the connection works
-            self.retry_until = 0
-        self.tasks.extendleft(reversed(self.unconfirmed))  # from a connection that was lost
-        self.unconfirmed.clear()
-        properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
-        while self.reading or self.tasks or self.unconfirmed:
-            if self.oldest_tag in self.answers and not is_held_up(sys.stdout):
-                say(f" [x] Sent {shown(self.take_confirmed())}")
-            elif self.news:
-                self.note_answer(self.wait().method)
-            else:
-                for _ in range(min(BATCH, len(self.tasks))):
-                    self.unconfirmed.append(self.tasks.popleft())
-                    channel.basic_publish(
-                        exchange="",
-                        routing_key=self.queue,
-                        body=self.unconfirmed[-1][1],
-                        properties=properties,
-                        mandatory=True,  # without its queue, the task comes back
-                    )
-                self.run_loop()
-
-        self.close(patience=5)
-
-    # ---- What pika tells ----
-
-    def hear(self, *arguments):
-        """Keep a callback's last argument: what is open now, what was answered, or an error."""
-        self.news.append(arguments[-1])
-        self.loop.stop()
-
-    def wait(self):
-        """Return what pika tells next, or raise it."""
-        while not self.news:
-            self.loop.start()
-        news = self.news.popleft()
-        if isinstance(news, Exception):
-            raise news
-        return news
-
-    def run_loop(self):
-        """Let pika work until there is something to do."""
-        self.show_count()
-        if self.tasks:  # one turn only
-            self.loop.add_callback_threadsafe(self.loop.stop)
-        elif self.oldest_tag in self.answers:  # but standard output is held up
-            self.loop.call_later(0.1, self.loop.stop)
-        self.loop.start()
-
-    def note_answer(self, method):
-        tag = method.delivery_tag
-        for answered in range(self.oldest_tag, tag + 1) if method.multiple else [tag]:
-            # Not those among them that were refused before.
-            self.answers.setdefault(answered, isinstance(method, pika.spec.Basic.Ack))
-
-    def take_confirmed(self):
-        """Return the body of the oldest task: in the order of the input, not of the answers."""
-        if not self.answers.pop(self.oldest_tag):
-            raise CantSend("The broker refused a task: is its queue full, or deleted?")
-        self.oldest_tag += 1
-        self.confirmed_line, body = self.unconfirmed.popleft()
-        self.confirmed += 1
-        self.retry_until = 0
-        self.room.release(size(body))
-        return body
-
-    # ---- Connections and channels ----
-
-    def run(self, nodes, queue, words):
-        """Send all tasks, over one connection after the other, or raise why it can't be done."""
+    def __init__(self, nodes, queue):
         self.nodes, self.queue = nodes, queue
-        threading.Thread(target=self.read, args=[words], daemon=True).start()
-        while True:
+        self.loop = IOLoop()  # in which pika does all its work
+        self.events = collections.deque()  # from pika, oldest first
+        self.unconfirmed = {}  # published tasks by delivery tag: (line number, body)
+        self.nacked = []  # tasks that the broker has refused
+        self.confirmed = 0  # tasks
+        self.next_line = 1  # after the last task that was published
+        self.give_up_at = 0  # monotonic deadline for reconnecting, 0 if the connection works
+
+    def connect(self):
+        self.events.clear()
+        pika.SelectConnection.create_connection(self.nodes, self.on_event, custom_ioloop=self.loop)
+        self.connection = self.next_event()
+        self.connection.add_on_close_callback(self.on_event)
+        try:
+            self.open_channel(durable=True)
+        except pika.exceptions.ChannelClosedByBroker as refusal:
+            # The queue may differ (406), or this user may not declare it (403).
+            if refusal.reply_code not in (403, 406) or "'durable'" in refusal.reply_text:
+                raise
             try:
-                self.send()
-                break
-            except (*ERRORS, CantSend) as error:
-                blocked = isinstance(error, pika.exceptions.ConnectionBlockedTimeout)
-                lost = isinstance(error, pika.exceptions.AMQPConnectionError) and not blocked
-                if lost and not self.retry_until:
-                    self.retry_until = time.monotonic() + RECONNECT_FOR
-                    self.show_count(end="\n")
-                    complain(f"Connection lost: {explain(error)}; trying again")
-                if time.monotonic() > self.retry_until:
-                    raise CantSend(self.describe(error)) from None
+                self.open_channel(passive=True)
+            except pika.exceptions.ChannelClosedByBroker:
+                raise refusal from None
+
+    def open_channel(self, **declaration):
+        self.connection.channel(on_open_callback=self.on_event)
+        self.channel = self.next_event()
+        self.tag = 0  # delivery tag of the last task published on this channel
+        self.channel.add_on_close_callback(self.on_event)
+        unroutable = pika.exceptions.UnroutableError([self.queue])
+        self.channel.add_on_return_callback(lambda *_: self.on_event(unroutable))
+        self.channel.confirm_delivery(ack_nack_callback=self.on_event)
+        self.channel.queue_declare(queue=self.queue, callback=self.on_event, **declaration)
+        self.next_event()
+
+    def publish(self, tasks):
+        queue = self.queue
+        properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
+        for line, body in tasks:
+            self.tag += 1
+            self.unconfirmed[self.tag] = line, body
+            self.next_line = line + 1
+            self.channel.basic_publish(
+                exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
+            )
+
+    def send(self, tasks, max_unconfirmed):
+        """Publish tasks, then wait until no more than max_unconfirmed are unconfirmed.
+
+        If the connection is lost, reconnect and publish the unconfirmed ones again. Until the
+        next confirmation, every error is retried.
+        """
+        if not self.unconfirmed:
+            if not tasks:
+                return
+            self.give_up_at = 0
+            self.loop.call_later(0, self.loop.stop)
+            self.loop.start()  # notice a connection that was lost while the input paused
+        while True:
+            lost = self.connection.is_closed
+            try:
+                if lost:
+                    self.connect()
+                    tasks = sorted({*self.nacked, *self.unconfirmed.values(), *tasks})
+                    self.next_line = tasks[0][0] if tasks else self.next_line
+                    self.unconfirmed, self.nacked = {}, []
+                self.publish(tasks)
+                tasks = []
+                while len(self.unconfirmed) > (0 if self.nacked else max_unconfirmed):
+                    self.on_confirm(self.next_event().method)
+                if not self.nacked:
+                    return
+                raise pika.exceptions.NackError(self.nacked)
+            except ERRORS as error:
+                if not self.give_up_at and (lost or not isinstance(error, NOT_RETRIED)):
+                    complain(f"Connection lost: {explain(error)}; reconnecting")
+                    self.give_up_at = time.monotonic() + RECONNECT_FOR
+                if time.monotonic() > self.give_up_at:  # at once, if it is 0
+                    raise
             self.close()
             time.sleep(1)
-        if self.read_error:
-            raise CantSend(f"Can't read standard input: {explain(self.read_error)}")
 
-    def open_channel(self):
-        self.connection.channel(on_open_callback=self.hear)
-        channel = self.wait()
-        channel.add_on_close_callback(self.hear)
-        no_queue = CantSend(f"There is no queue {self.queue!r} any more")
-        channel.add_on_return_callback(lambda *_: self.hear(no_queue))
-        channel.confirm_delivery(self.hear)
-        return channel
+    def on_confirm(self, confirm):
+        """Handle a publisher confirm: an ack or nack, of one task or of all up to it."""
+        first = next(iter(self.unconfirmed)) if confirm.multiple else confirm.delivery_tag
+        for tag in range(first, confirm.delivery_tag + 1):
+            if isinstance(confirm, pika.spec.Basic.Nack) and tag in self.unconfirmed:
+                self.nacked.append(self.unconfirmed[tag])
+                del self.unconfirmed[tag]
+            elif task := self.unconfirmed.pop(tag, None):
+                self.confirmed += 1
+                self.give_up_at = 0
+                say(f" [x] Sent {shown(task[1])}")
 
-    def use_as_it_is(self, refusal):
-        """Return a new channel, for a queue that this user may not declare so: if it is there.
+    # ---- Waiting for pika's callbacks ----
 
-        It has other properties (406), or may not be configured (403). If it is durable, it will do.
-        """
-        if refusal.reply_code not in (403, 406) or "'durable'" in refusal.reply_text:
-            raise refusal
-        channel = self.open_channel()
-        try:
-            channel.queue_declare(queue=self.queue, passive=True, callback=self.hear)
-            self.wait()
-        except pika.exceptions.ChannelClosedByBroker:
-            raise refusal from None
-        return channel
+    def on_event(self, *arguments):
+        """Queue a callback's last argument: a connection, a channel, a frame, or an error."""
+        self.events.append(arguments[-1])
+        self.loop.stop()
 
-    def close(self, patience=math.inf):
-        deadline = time.monotonic() + patience  # seconds, for a broker that says nothing
+    def next_event(self):
+        """Run pika's loop until there is an event; return it, or raise it if it is an error."""
+        while not self.events:
+            self.loop.start()
+        event = self.events.popleft()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def close(self):
         if self.connection.is_open:
             self.connection.close()
-        while not self.connection.is_closed and time.monotonic() < deadline:
-            self.loop.call_later(1, self.loop.stop)
+        while not self.connection.is_closed:
             self.loop.start()
 
-    def describe(self, error):
-        if isinstance(error, CantSend):
-            return str(error)
-        if isinstance(error, AMQPConnectionWorkflowFailed):
-            where = ", ".join(f"{node.host}:{node.port}" for node in self.nodes)
-            return f"No connection to {where}: {explain(error.exceptions[-1])}"
-        too_large = re.search(r"message size (\d+)", str(error))
-        for line, body in self.unconfirmed if too_large else []:
-            if len(body) == int(too_large[1]):
-                return f"Line {line}, {shown(body)}: {explain(error)}"
-        return explain(error)
 
-    def show_count(self, end=""):
-        """Tell how far we are, on a terminal that does not show the tasks."""
-        on_terminal = sys.stderr and sys.stderr.isatty()
-        if on_terminal and not is_held_up(sys.stderr) and not (sys.stdout and sys.stdout.isatty()):
-            with contextlib.suppress(OSError):
-                os.write(sys.stderr.fileno(), f"\r [x] Sent {self.confirmed}{end}".encode())
-
-    # ---- Input ----
-
-    def read(self, words):
-        """Read tasks, in a thread of its own: it may wait for minutes, heartbeats must not."""
-        try:
-            for line, body in tasks_of(words):
-                for _ in range(size(body)):
-                    self.room.acquire()
-                self.tasks.append((line, body))
-                if len(self.tasks) == 1:  # while there are more, send() does not wait for one
-                    self.loop.add_callback_threadsafe(self.loop.stop)
-        except Exception as error:
-            self.read_error = error
-        self.reading = False
-        self.loop.add_callback_threadsafe(self.loop.stop)
+# ---- Input ----
 
 
-def tasks_of(words):
-    """Yield (line number, body) for each task."""
+def batches(words):
+    """Yield lists of (line number, body), and how many tasks may then stay unconfirmed."""
     if words != ["-"]:
-        yield 1, os.fsencode(" ".join(words)) if words else b"Hello World!"
+        yield [(1, os.fsencode(" ".join(words)) if words else b"Hello World!")], 0
         return
-    # Some programs leave a pipe non-blocking: a pause would look like its end.
     with contextlib.suppress(AttributeError, OSError):  # on Windows
-        os.set_blocking(0, True)
-    with open(0, "rb", closefd=False) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line.removesuffix(b"\n")
-
-
-def size(body):
-    """Return a body's share of WINDOW, so that large ones don't fill the memory."""
-    return min(WINDOW, 1 + len(body) // 10_000)
+        os.set_blocking(0, True)  # an earlier process may have changed it
+    count, rest, ended = 0, bytearray(), False  # lines so far; the start of an unfinished line
+    while not ended:
+        piece = os.read(0, 16384)  # what is available: up to thousands of short lines
+        ended = not piece
+        *lines, end = (piece or b"\n").split(b"\n")
+        if lines:
+            lines[0], rest = b"".join([rest, lines[0]]), bytearray()
+        rest += end
+        tasks = [(line, body) for line, body in enumerate(lines, count + 1) if body.strip()]
+        count += len(lines)
+        limit = 0  # of unconfirmed tasks, before a read that may block
+        with contextlib.suppress(OSError):  # Windows can't tell
+            if not ended and select.select([0], [], [], 0)[0]:
+                longest = max((len(body) for _, body in tasks), default=1)
+                limit = min(MAX_UNCONFIRMED, MAX_UNCONFIRMED_BYTES // longest)
+        yield tasks, limit
 
 
 # ---- The terminal ----
 
-HINTS = {  # words of an error: what to do about it
-    "Connection refused": "is RabbitMQ running there? To start it: docker compose up -d --wait, "
+HINTS = {  # pattern in an error: what to do
+    "Connection refused": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
-    "AuthenticationError": "check user and password in the URL",
+    "AuthenticationError": "check the user name and password in the URL",
     "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
-    "IncompatibleProtocolError": "is the broker still starting? Or is it no AMQP port? "
-    "TLS needs amqps://",
-    "WRONG_VERSION_NUMBER": "is it a port without TLS? Then the URL begins with amqp://",
-    "CERTIFICATE": "name a CA of your own in the URL: ?ssl_options={'ca_certs':'/path/ca.pem'}",
-    "'durable'": "its tasks would not survive a restart: delete it or take another --queue",
-    "BlockedTimeout": "the broker takes no messages: it is short of memory or disk space",
-    "MemoryError": "a task has to fit into memory several times",
+    "IncompatibleProtocolError": "is this a plain AMQP port? (For TLS: amqps://)",
+    "WRONG_VERSION_NUMBER": "is this a TLS port? (For a plain one: amqp://)",
+    "'durable'": "the queue would not survive a restart; delete it or choose another --queue",
+    "BlockedTimeout": "the broker is short of memory or disk space",
+    "NackError|UnroutableError": "is the queue full, or was it deleted?",
 }
-
 SHORTENED = reprlib.Repr()
-SHORTENED.maxstring = 200  # characters
-
-
-def is_held_up(stream):
-    """Whether a write would have to wait for a reader that pauses, and heartbeats with it."""
-    try:
-        return bool(stream) and not select.select([], [stream], [], 0)[1]
-    except OSError:  # Windows can't tell
-        return False
+SHORTENED.maxstring = SHORTENED.maxother = 200  # characters
 
 
 def shown(body):
-    """Return a body as text that is safe on a terminal: escaped, and not endless."""
+    """Return a body, escaped and shortened for a terminal."""
     return SHORTENED.repr(body.decode(errors="surrogateescape"))
 
 
 def say(line, **options):
+    """Print a line; exit if standard output can't be written."""
     try:
         print(line, **options)
     except OSError as error:
-        # Python would try once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputLost(error) from None
+        complain(f"Can't write to standard output: {explain(error)}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit fails
+        sys.exit(1)
 
 
 def complain(text):
-    """Write a line to standard error. Nobody may be there to read it: that is no error."""
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    if sys.stderr:
-        with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno(), f" [!] {line}\n".encode(errors="backslashreplace"))
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f" [!] {line}\n".encode(errors="backslashreplace"))
 
 
 def explain(error):
-    """Return on one line the error that pika has wrapped in others, and what to do about it."""
-    while inner := getattr(error, "exception", None) or next(
-        (arg for arg in error.args if isinstance(arg, Exception)), None
-    ):
-        error = inner
+    """Return the innermost error, with a hint."""
+    inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args]
+    if inner := [each for each in inner if isinstance(each, Exception)]:
+        return explain(inner[-1])
     text = getattr(error, "reply_text", None) or f"{type(error).__name__}: {error}"
     return "; ".join([text, *(hint for words, hint in HINTS.items() if re.search(words, text))])
 
 
 # ---- The command line ----
 
-DEFAULTS = {  # option: its value where it is not given
-    "--url": os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F",
-    "--queue": "task_queue",
-}
-LETTERS = "u:q:h"
-SHORT = {"-u": "--url", "-q": "--queue", "-h": "--help"}
-LONGEST_NAME = 255  # bytes of a queue's name
-
-LAST_WORDS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
+DEFAULT_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
+URL_FORM = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, percent-encoded (@ in a password: %40)"
+URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or the local broker)"
+TASK_HELP = "words of a task; - alone sends each non-blank line of standard input"
 
 
-def read_command_line():
-    """Return the options' values by name, and the words behind them."""
-    names = ["help", *(f"{name[2:]}=" for name in DEFAULTS)]
-    try:
-        # Unlike argparse, it takes all from the first word on as it is.
-        given, words = getopt.getopt(sys.argv[1:], LETTERS, names)
-    except getopt.GetoptError as error:
-        wrong_usage(error.msg.partition(":")[0])  # behind it, a password might follow
-    options = {**DEFAULTS, **{SHORT.get(name, name): value for name, value in given}}
-    if "--help" in options:
-        say(__doc__.strip())
-        sys.exit()
-    queue = options["--queue"]
-    if not queue.isprintable() or not 0 < len(queue.encode()) <= LONGEST_NAME:
-        wrong_usage(f"--queue: expected 1 to {LONGEST_NAME} bytes, not {SHORTENED.repr(queue)}")
-    return options, words
+class Parser(argparse.ArgumentParser):
+    def print_help(self, file=None):
+        say(self.format_help(), end="")  # which notices a full disk
+
+    def error(self, message):  # without any value, as it may be a URL with a password
+        super().error(re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL))
 
 
-def wrong_usage(problem):
-    complain(f"{problem} (see {os.path.basename(sys.argv[0])} --help)")
-    sys.exit(2)
-
-
-def nodes_of(urls):
-    """Return pika's connection parameters for each of some comma-separated AMQP URLs."""
+def amqp_urls(urls):
+    """Return pika's connection parameters for comma-separated AMQP URLs."""
     nodes = []
     for url in re.split(",(?=amqps?://)", urls):
         try:
-            # With a character in the password that should be escaped, a piece of it would be
-            # taken for the host, and printed.
+            # A special character would put a part of the password into the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
             node = pika.URLParameters(url)
-            node.host.encode("idna")
+            node.host.encode("idna")  # as the look-up does
         except Exception:
-            # Whatever pika stumbled on. Its message may quote a password, so it is not shown.
-            wrong_usage(
-                "URL: expected amqp://USER:PASSWORD@HOST:PORT/VHOST, special characters as in %40"
-            )
-        if node.blocked_connection_timeout is None:
-            node.blocked_connection_timeout = BLOCKED_FOR
-        name = f"{os.path.basename(sys.argv[0])}, process {os.getpid()} on {socket.gethostname()}"
-        node.client_properties = {"connection_name": name, **(node.client_properties or {})}
+            raise argparse.ArgumentTypeError(URL_FORM) from None  # the cause may quote a password
+        node.client_properties = {"connection_name": f"{sys.argv[0]} {os.getpid()}"}
         nodes.append(node)
     return nodes
 
 
-def on_signal(number, _):
-    for each in LAST_WORDS:  # which a second signal must not interrupt with a traceback
-        signal.signal(each, signal.SIG_DFL)
-    raise Stopped(number)
+def read_command_line():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-u", "--url", type=amqp_urls, default=DEFAULT_URL, help=URL_HELP)
+    parser.add_argument("-q", "--queue", default="task_queue", help="default: task_queue")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="TASK", help=TASK_HELP)
+    options = parser.parse_args()
+    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= LONGEST_NAME:
+        parser.error(f"--queue: expected 1 to {LONGEST_NAME} bytes of printable text")
+    if options.words[:1] == ["--"]:
+        del options.words[0]
+    if options.words == ["-"] and not sys.stdin:
+        parser.error("standard input is closed")
+    return options
 
 
 def main():
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    producer, status, problem = Producer(), 1, None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored in the background
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    options = read_command_line()
+    for node in options.url:
+        node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_FOR
+    producer, status = Producer(options.url, options.queue), 1
     try:
-        for number in LAST_WORDS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as in the background
-                signal.signal(number, on_signal)
-        options, words = read_command_line()
-        nodes = nodes_of(options["--url"])
-        if words == ["-"] and not sys.stdin:
-            wrong_usage("standard input is closed")
-        producer.run(nodes, options["--queue"], words)
+        producer.connect()
+        for batch in batches(options.words):
+            producer.send(*batch)
+        producer.close()
         status = 0
-    except CantSend as error:
-        problem = error
-    except OutputLost as lost:
-        problem = f"Can't write to standard output: {explain(lost)}"
-    except Stopped as stop:
-        problem, status = LAST_WORDS[stop.args[0]], 128 + stop.args[0]
-    producer.show_count(end="\n")
-    if problem:
-        rest = f", send the rest from line {producer.confirmed_line + 1} on"
-        done = f"{producer.confirmed}{rest if producer.confirmed else ''}"
-        complain(f"{problem}; tasks confirmed: {done}")
+    except SystemExit as end:  # a signal, or standard output failed
+        status = end.code
+    except OSError as error:
+        complain(f"Can't read standard input: {error}")
+    except (*ERRORS, MemoryError) as error:
+        complain(explain(error))
+    if status:
+        left = [line for line, _ in [*producer.nacked, *producer.unconfirmed.values()]]
+        line = min([producer.next_line, *left])
+        resume = f"; resume from line {line}" if options.words == ["-"] else ""
+        complain(f"{producer.confirmed} tasks confirmed{resume}")
     sys.exit(status)
 
 
