@@ -10,15 +10,24 @@ import threading
 import time
 from pathlib import Path
 
+import pexpect
+import pika
 import psutil
 import pytest
-from servers import MARK, PATIENCE, servers
+from servers import PATIENCE, servers, wait_until
 
 ROOT = Path(__file__).parent.parent
+WAITING = " [*] Waiting for messages. To exit press CTRL+C"
+EXEC = ["-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"]  # a program not in Python
 
-for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-    if signal.getsignal(number) == signal.SIG_IGN:  # as in the background of a script
-        signal.signal(number, signal.SIG_DFL)  # or the scripts would ignore it, too
+# Ignored, as in the background of a shell script, they would be to the scripts as well.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 class Script:
@@ -94,14 +103,13 @@ class Script:
         self.process.send_signal(number)
 
 
-def started_in(folder, name=""):
-    """The processes of servers(), and of nothing_left(), in a folder: all, or of that name."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # others' may not be looked at
-            if name in process.name() and str(folder) in process.environ().get(MARK, ""):
-                found.append(process)
-    return found
+def refused(script, *words):
+    """Assert that a script fails, and says why in lines that hold some words."""
+    assert script.wait() == 1, script.err
+    assert script.err
+    assert all(line.startswith(" [!] ") for line in script.err), script.err
+    for word in words:
+        assert word in "\n".join(script.err)
 
 
 def longest_pause(moments):
@@ -176,3 +184,75 @@ def send(run):
         assert producer.wait() == 0, producer.err
 
     return start
+
+
+@pytest.fixture
+def worker(run, broker, queue):
+    """Start a worker of this test's queue that waits for tasks: worker("--retries", "0")."""
+
+    def start(*arguments, url=None):
+        script = run(url or broker, "worker.py", "-q", queue, *arguments)
+        script.wait_for("Waiting")
+        return script
+
+    return start
+
+
+@pytest.fixture
+def publish(broker, queue):
+    """Publish a message, confirmed, as another program would: publish(b"task", priority=3)."""
+    name = queue
+
+    def publish(body, headers=None, url=None, queue=name, **properties):
+        properties = pika.BasicProperties(headers=headers, **properties)
+        with broker.channel(url) as channel:
+            if queue == name:
+                channel.queue_declare(queue, durable=True)
+            channel.confirm_delivery()
+            channel.basic_publish("", queue, body, properties, mandatory=True)
+
+    return publish
+
+
+@pytest.fixture
+def alarm(fragile_broker):
+    """Switch the fragile broker's disk alarm: alarm(True), alarm(False). Off at the end."""
+    is_on = False
+
+    def switch(on):
+        nonlocal is_on
+        is_on = on
+        fragile_broker.rabbitctl_output("set_disk_free_limit", "1000000GB" if on else "1MB")
+        alarms = ["eval", "rabbit_alarm:get_alarms()."]
+        wait_until(lambda: ("disk" in fragile_broker.rabbitctl_output(*alarms)) == on)
+
+    yield switch
+    if is_on:
+        switch(False)
+
+
+@pytest.fixture
+def terminal(request):
+    """Run one of the scripts, or any program, in a terminal: terminal("worker.py", "-q", queue).
+
+    Returns what pexpect.spawn() does. All that runs in it ends with the test.
+    """
+    terminals = []
+
+    def spawn(name, *arguments, url=None, env=os.environ, **options):
+        argv = [name, *map(str, arguments)]
+        if name.endswith(".py"):
+            argv = [sys.executable, str(ROOT / name), *argv[1:]]
+        options = {"timeout": PATIENCE, "encoding": "utf-8", **options}
+        url = request.getfixturevalue("broker").url if url is None else url
+        environment = {**env, "AMQP_URL": url}
+        terminals.append(pexpect.spawn(argv[0], argv[1:], env=environment, **options))
+        return terminals[-1]
+
+    yield spawn
+    for each in terminals:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(each.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        each.close(force=True)

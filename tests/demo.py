@@ -34,7 +34,7 @@ from conftest import ROOT, Script
 from mirakuru.exceptions import ProcessExitedWithError
 from rich.live import Live
 from rich.text import Text
-from servers import PROGRAMS, nothing_left, servers
+from servers import PROGRAMS, servers
 
 QUEUE = "work-queue-demo"
 WAYS = {"round-robin": 0, "fair dispatch": 1}  # prefetch counts
@@ -164,12 +164,14 @@ def picture(plays, options):
 
 def run(play, url):
     """Play all the tasks, and draw them meanwhile; without a terminal, only once."""
-    with nothing_left():
+    with contextlib.ExitStack() as stack:
         for _ in range(play.options.workers):
             arguments = ["-q", QUEUE, "--prefetch-count", str(WAYS[play.way])]
             play.workers.append(Script([ROOT / "worker.py", *arguments], url))
+            stack.callback(play.workers[-1].end)
             play.workers[-1].wait_for(" [")  # [*] it waits, known to the queue as the next; or [!]
         producer = Script([ROOT / "new_task.py", "-q", QUEUE, "-"], url, stdin=subprocess.PIPE)
+        stack.callback(producer.end)
         with contextlib.suppress(BrokenPipeError), producer.process.stdin as tasks:
             tasks.write("\n".join(tasks_of(play.options)).encode())
         piped = not console.is_terminal

@@ -1,17 +1,13 @@
 """RabbitMQ servers of one's own, alone or in a cluster, for tests, demo, soak and benchmark.
 
-Nothing here touches a server that was running before: ports, data and the port mapper (epmd) are
-of one's own. When it ends, or is interrupted or killed at any moment, all of it is gone.
+Ports, data and the port mapper (epmd) are of one's own: no other server is touched.
 """
 
 import atexit
 import contextlib
-import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -19,17 +15,15 @@ from pathlib import Path
 
 import pika
 import port_for
-from mirakuru import TCPExecutor
+import psutil
+from mirakuru import SimpleExecutor, TCPExecutor
 from mirakuru.base import cleanup_subprocesses
-from mirakuru.base_env import processes_with_env
 from mirakuru.exceptions import ProcessExitedWithError
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # of Debian's package; those on PATH insist on being root
-TEMPORARY = Path(tempfile.gettempdir())  # once, as it tries a file, which an interrupt would leave
 PATIENCE = 60  # seconds after which something that has not come is an error
-MARK = "WORK_QUEUE_STARTED_BY"  # in the environment of all that is started: the folders
-taken = []  # sockets that keep other runs from choosing the same ports
+free_port = port_for.select_random
 
 # It kills whatever has the digits of this process's id anywhere in its mark: others' servers, too.
 atexit.unregister(cleanup_subprocesses)
@@ -38,16 +32,19 @@ atexit.unregister(cleanup_subprocesses)
 class Broker(RabbitMqExecutor):
     """A RabbitMQ server; stop(), kill() and start() keep its data.
 
-    Raises mirakuru's ProcessExitedWithError where it does not start.
+    Raises mirakuru's ProcessExitedWithError if it does not start.
     """
 
-    def __init__(self, folder, epmd_port, config=""):
-        self.folder = folder
-        self.epmd_port = epmd_port
+    def __init__(self, parent, epmd_port, config="", seed=None):
+        port = free_port()
+        self.node = f"test-{port}@localhost"
+        config = f"cluster_formation.discovery_retry_limit = 99\n{config}"  # tries
+        for number, node in enumerate([seed.node, self.node] if seed else [], 1):
+            config += f"cluster_formation.classic_config.nodes.{number} = {node}\n"
+        self.folder = folder = parent / self.node
         folder.mkdir()
         (folder / "rabbitmq.conf").write_text(config)
         (folder / "plugins").write_text("[].")
-        port = free_port()
         super().__init__(
             str(PROGRAMS / "rabbitmq-server"),
             host="127.0.0.1",
@@ -57,51 +54,33 @@ class Broker(RabbitMqExecutor):
             logpath=folder / "log",
             path=folder,
             plugin_path=folder,
-            node_name=f"test-{port}@localhost",
+            node_name=self.node,
         )
+        self._cwd = folder  # for its crash dump
+        self._stdout = subprocess.DEVNULL  # nobody reads it
+        self._envvars |= {
+            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+            "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
+            "ERL_EPMD_PORT": str(epmd_port),
+            "HOME": str(parent),  # of the cookie that lets rabbitmqctl in
+        }
         self.url = self.url_of()
 
-    @property
-    def envvars(self):
-        return {
-            "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq.conf"),
-            **super().envvars,
-            "HOME": str(self.folder.parent),  # of the cookie that lets rabbitmqctl in
-            "ERL_EPMD_PORT": str(self.epmd_port),
-            "RABBITMQ_CONF_ENV_FILE": str(self.folder / "none"),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
-        }
-
-    @property
-    def _popen_kwargs(self):
-        return {
-            **super()._popen_kwargs,
-            "cwd": self.folder,  # for its crash dump
-            "stdout": subprocess.DEVNULL,  # nobody reads it
-        }
-
     def check_subprocess(self):
-        # The script that starts the server says 0 even where that fails, which mirakuru takes for
-        # the beginning of a daemon.
+        # The script that starts the server exits with 0 even if that fails, which mirakuru takes
+        # for the start of a daemon.
         status = self.process.poll()
         if status is not None:
-            self.kill()
             raise ProcessExitedWithError(self, status)
         return super().check_subprocess()
 
     def kill(self, *arguments, **options):
-        # It waits for the shell that started the server; a port that is still open would let
-        # a script in once more.
+        # This waits for the shell that started the server; until the port is closed, a script
+        # could still connect.
         super().kill(*arguments, **options)
         wait_until(lambda: not self.pre_start_check())
         return self
-
-    def join(self, other):
-        """Make this a node of another server's cluster; what it has stored is gone."""
-        self.rabbitctl_output("stop_app")
-        self.rabbitctl_output("reset")
-        self.rabbitctl_output("join_cluster", other.envvars["RABBITMQ_NODENAME"])
-        self.rabbitctl_output("start_app")
 
     def add_quorum_vhost(self):
         """Add a virtual host, in which a plain declaration makes a quorum queue; return its URL."""
@@ -148,85 +127,47 @@ class Broker(RabbitMqExecutor):
 
 
 @contextlib.contextmanager
-def nothing_left():
-    """Give a new folder. At the end it is gone, and so is every process started in this block.
+def servers():
+    """Give a function that starts a server: start("lines of rabbitmq.conf").
 
-    Also when this process is interrupted or killed: another one, which nobody interrupts, waits
-    for the end of a pipe. Servers start processes in sessions of their own, and daemons: they are
-    found by what they all have in their environment.
+    At the end, also after CTRL+C, every process that this one has started is killed (servers,
+    scripts and all), and the servers' files are removed.
     """
-    folder = TEMPORARY / f"work-queue-{uuid.uuid4()}"
-    before = os.environ.get(MARK, "")
-    remover = subprocess.Popen(
-        [sys.executable, __file__, folder],
-        env={**os.environ, MARK: ""},  # or that of a block around this one would kill it
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-    os.environ[MARK] = f"{before} {folder}"
+    folder, started = Path(tempfile.gettempdir()) / f"work-queue-{uuid.uuid4()}", []
     try:
         folder.mkdir()
-        yield folder
-    finally:
-        os.environ[MARK] = before
-        remover.stdin.close()
-        remover.wait()
+        port = free_port()
+        command = ["epmd", "-port", str(port)]
+        epmd = TCPExecutor(command, "127.0.0.1", port, timeout=PATIENCE, stderr=subprocess.DEVNULL)
+        started.append(epmd.start())
 
-
-def remove(folder):
-    """Kill all that was started for a folder, then remove it."""
-    # Again and again: one that ends may just have started another, or still write a file.
-    while (found := processes_with_env(MARK, folder)) or os.path.exists(folder):
-        # All stand still first: a server complains on the terminal of a part that ended before it.
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for process in found:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def servers():
-    """Give a function that starts a server: start("lines of rabbitmq.conf"). They end with it."""
-    with nothing_left() as folder:
-        epmd_port = free_port()
-        environment = {**os.environ, "HOME": str(folder), "ERL_EPMD_PORT": str(epmd_port)}
-        epmd = TCPExecutor(
-            ["epmd"],
-            host="127.0.0.1",
-            port=epmd_port,
-            envvars=environment,
-            timeout=PATIENCE,
-            stderr=subprocess.DEVNULL,  # it mentions each knock at its port
-        )
-        started = [epmd.start()]  # an executor that is forgotten kills its process
-
-        def start(config=""):
-            started.append(Broker(folder / str(len(started)), epmd_port, config))
-            return started[-1].start()
+        def start(config="", seed=None, wait=True):
+            started.append(broker := Broker(folder, port, config, seed))
+            return broker.start() if wait else SimpleExecutor.start(broker)
 
         yield start
+    finally:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may interrupt this
+        while children := psutil.Process().children(recursive=True):
+            for action in (psutil.Process.suspend, psutil.Process.kill):  # so that none reacts
+                for child in children:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        action(child)
+            psutil.wait_procs(children, timeout=5)
+        for executor in started:
+            executor.kill()
+        shutil.rmtree(folder)
+        signal.signal(signal.SIGINT, handler)
 
 
-def start_cluster(start, nodes=3):
-    """Start a cluster, by the function that servers() gives, with quorum queues in "q"."""
-    first, *others = [start() for _ in range(nodes)]
+def start_cluster(start):
+    """Start a cluster of three, by the function that servers() gives, with a virtual host "q"."""
+    first = start(wait=False)
+    nodes = [first, start(seed=first, wait=False), start(seed=first, wait=False)]
+    for node in nodes:
+        node.wait_for(node.check_subprocess)
     first.add_quorum_vhost()
-    for node in others:
-        node.join(first)
-    return [first, *others]
-
-
-def free_port():
-    """Return a port that nobody listens on, and that no other run chooses while this one lasts."""
-    while True:
-        port = port_for.select_random()
-        # The same number for UDP, which nobody uses, tells others that it is taken.
-        lock = socket.socket(type=socket.SOCK_DGRAM)
-        with contextlib.suppress(OSError):
-            lock.bind(("127.0.0.1", port))
-            taken.append(lock)
-            return port
+    return nodes
 
 
 def wait_until(condition, timeout=PATIENCE):
@@ -236,8 +177,3 @@ def wait_until(condition, timeout=PATIENCE):
         assert time.monotonic() < deadline, "it has not come true"
         time.sleep(0.01)
     return value
-
-
-if __name__ == "__main__":
-    sys.stdin.read()
-    remove(sys.argv[1])

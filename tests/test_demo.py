@@ -1,139 +1,80 @@
 """`tests/demo.py`: draws a real run of each way of dispatch, and leaves nothing behind."""
 
+import contextlib
 import os
-import subprocess
-import sys
 import xml.etree.ElementTree
 
 import pexpect
 import psutil
 import pytest
-from conftest import ROOT, started_in
-from servers import PATIENCE, wait_until
+from servers import wait_until
 
-DEMO = ROOT / "tests" / "demo.py"
 FEW = ["--workers", "2", "--tasks", "4", "--heavy", "2", "--light", "1"]
+DEMO = ["tests/demo.py", *FEW]
 
 
-@pytest.fixture
-def queues(broker):
-    """The names of all queues of a broker."""
-    return lambda: broker.rabbitctl_output("-q", "list_queues", "name").split()
+def started_in(folder):
+    """The processes whose temporary files are to be in a folder."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # others' may not be looked at
+            if process.environ().get("TMPDIR") == str(folder):
+                yield process.name()
 
 
-def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, queues, tmp_path):
-    before = queues()
-    picture = tmp_path / "picture.svg"
-    played = subprocess.run(
-        [sys.executable, DEMO, *FEW, "--svg", picture],
-        env={**os.environ, "AMQP_URL": broker.url},
-        capture_output=True,
-        timeout=PATIENCE,
-        check=True,
+def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, run, tmp_path):
+    demo = run(broker, *DEMO, "--svg", tmp_path / "picture.svg")
+    assert demo.wait() == 0
+    rows = ["".join(filter(str.isalnum, line)) for line in demo.out]
+    assert demo.out[0].startswith("round-robin: worker.py --prefetch-count 0")
+    assert sorted(rows[1:3]) == ["worker1H1H2", "worker2L1L2"]
+    assert demo.out[4].startswith("fair dispatch: worker.py --prefetch-count 1")
+    assert {row[7:] for row in rows[5:7]} in ({"H1", "L1L2H2"}, {"H1L2", "L1H2"})
+    assert demo.out[8] == "4 tasks, in turn heavy 2 s and light 1 s, 2 workers"
+    assert demo.out[9].endswith("best possible 3 s")
+    round_robin, fair = (float(part.split()[-2]) for part in demo.out[9].split(",")[:2])
+    assert round_robin >= 4
+    assert fair >= 3
+    assert "\033" not in "".join(demo.out)
+    assert demo.err == []
+    words = [each.text for each in xml.etree.ElementTree.parse(tmp_path / "picture.svg").iter()]
+    assert sorted(word for word in words if word and len(word) == 2) == sorted(
+        2 * ["H1", "H2", "L1", "L2"]
     )
-    lines = played.stdout.decode().splitlines()
-    assert "\033" not in "".join(lines)
-    assert lines[0].startswith("round-robin: worker.py --prefetch-count 0")
-    rows = sorted("".join(filter(str.isalnum, line)) for line in lines[1:3])
-    assert rows == ["worker1H1H2", "worker2L1L2"]
-    assert lines[4].startswith("fair dispatch: worker.py --prefetch-count 1")
-    rows = sorted("".join(filter(str.isalnum, line))[7:] for line in lines[5:7])
-    assert rows in (["H1", "L1L2H2"], ["H1L2", "L1H2"])
-    assert lines[8] == "4 tasks, in turn heavy 2 s and light 1 s, 2 workers"
-    assert lines[9].endswith("best possible 3 s")
-    totals = [float(part.split()[-2]) for part in lines[9].split(",")[:2]]
-    assert 4 <= totals[0] < 5
-    assert 3 <= totals[1] < 4
-    assert played.stderr == b""
-
-    tree = xml.etree.ElementTree.parse(picture)
-    words = [element.text for element in tree.iter() if element.tag.endswith("text")]
-    assert [word for word in words if word in ("H1", "H2", "L1", "L2")].count("H1") == 2
-    assert queues() == before
+    assert broker.ready("work-queue-demo") is None
 
 
-@pytest.mark.parametrize(
-    ("moment", "beginning"),
-    [
-        ("Waiting for the broker", None),
-        ("Waiting for the broker", "epmd"),
-        ("Waiting for the broker", "beam.smp"),
-        ("round-robin", None),
-        ("|H1", None),
-        ("fair dispatch", None),
-    ],
-)
-def test_ctrl_c_at_any_time_leaves_no_process_and_no_terminal_setting(moment, beginning, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "AMQP_URL"}
-    terminal = pexpect.spawn(
-        sys.executable,
-        [str(DEMO), *FEW],
-        env={**environment, "TMPDIR": str(tmp_path)},
-        timeout=PATIENCE,
-        encoding="utf-8",
-        dimensions=(24, 80),
-    )
-    with terminal:
-        terminal.expect_exact(moment)
-        wait_until(lambda: not beginning or started_in(tmp_path, beginning))
-        started = psutil.Process(terminal.pid).children(recursive=True)
-        terminal.sendintr()
-        terminal.expect(pexpect.EOF)
-        assert "Traceback" not in terminal.before
-        shown = terminal.before
-    assert terminal.exitstatus == 130
-    assert "\033[?" not in shown  # no mode was set
-    _, alive = psutil.wait_procs(started, timeout=PATIENCE)
-    assert not alive
-    assert started_in(tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("moment", ["epmd", "beam.smp", "|H1"])
+def test_ctrl_c_leaves_no_process_no_file_and_no_terminal_setting(moment, terminal, tmp_path):
+    without_broker = {**os.environ, "TMPDIR": str(tmp_path)}
+    demo = terminal(*DEMO, url="", env=without_broker)
+    if moment in ("epmd", "beam.smp"):
+        wait_until(lambda: moment in started_in(tmp_path))
+    else:
+        demo.expect_exact(moment)
+    demo.sendintr()
+    demo.expect(pexpect.EOF)
+    demo.close()
+    assert demo.exitstatus == 130
+    assert "Traceback" not in demo.before
+    assert "\033[?" not in demo.before  # no mode was set
+    wait_until(lambda: not list(started_in(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_server_that_does_not_start_is_reported(tmp_path):
-    (tmp_path / "broken.conf").write_text("broken")
-    environment = {key: value for key, value in os.environ.items() if key != "AMQP_URL"}
-    demo = subprocess.run(
-        [sys.executable, DEMO, *FEW],
-        env={**environment, "RABBITMQ_CONFIG_FILE": str(tmp_path / "broken.conf")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert demo.returncode == 1
-    assert "rabbitmq-server has ended, with exit status" in demo.stderr
-    assert "Traceback" not in demo.stderr
-
-
-def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(fragile_broker):
-    demo = subprocess.Popen(
-        [sys.executable, DEMO, *FEW, "--heavy", "30"],
-        env={**os.environ, "AMQP_URL": fragile_broker.url},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-    def workers():
-        children = psutil.Process(demo.pid).children()
-        return [child for child in children if "worker.py" in " ".join(child.cmdline())]
-
-    wait_until(lambda: len(workers()) == 2)
-    started = workers()
-    wait_until(lambda: fragile_broker.rabbitctl_output("list_consumers", "ack_required"))
+def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(fragile_broker, run):
+    demo = run(fragile_broker, *DEMO, "--heavy", "30")
+    consumers = ["-q", "list_consumers", "queue_name"]
+    wait_until(lambda: fragile_broker.rabbitctl_output(*consumers).count("work-queue-demo") == 2)
+    workers = psutil.Process(demo.process.pid).children()
     fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
-    assert demo.wait(PATIENCE) == 1
-    assert "maintenance" in demo.stderr.read()
-    _, alive = psutil.wait_procs(started, timeout=PATIENCE)
-    assert not alive
+    assert demo.wait() == 1
+    assert "maintenance" in demo.err[0]
+    assert psutil.wait_procs(workers, timeout=5)[1] == []
 
 
-def test_an_unreachable_broker_is_reported():
-    ended = subprocess.run(
-        [sys.executable, DEMO],
-        env={**os.environ, "AMQP_URL": "amqp://127.0.0.1:1"},
-        capture_output=True,
-        timeout=PATIENCE,
-    )
-    assert ended.returncode == 1
-    assert b"does not let us in" in ended.stderr
-    assert b"Traceback" not in ended.stderr
+def test_a_broker_that_is_not_there_or_does_not_start_is_reported(run, monkeypatch):
+    monkeypatch.setenv("ERL_FLAGS", "-no-such-option +no-such-option")
+    for url, words in (("amqp://127.0.0.1:1", "does not let us in"), ("", "exit status")):
+        demo = run(url, *DEMO)
+        assert demo.wait() == 1
+        assert words in "".join(demo.err)

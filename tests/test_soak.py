@@ -5,17 +5,19 @@ import random
 from soak import soak
 
 
-def test_every_confirmed_task_comes_to_its_end_whatever_is_killed_meanwhile(new_broker, tmp_path):
-    broker = new_broker()
-    vhost = "%2F"
-    if broker.version() >= (4, 0):
-        broker.add_quorum_vhost()
-        vhost = "q"
+def test_every_confirmed_task_comes_to_its_end_whatever_is_killed(
+    fragile_broker, fragile_vhosts, tmp_path
+):
+    kind = "quorum" if fragile_broker.version() >= (4, 0) else "classic"
+    with fragile_broker.channel(fragile_vhosts[kind]) as channel:
+        for suffix in ("", ".retry", ".dlq"):
+            channel.queue_delete(f"task_queue{suffix}")
     faults = {"kills": 3, "outages": 1, "cuts": 1, "stalls": 1}
     size = {"tasks": 100, "rate": 10, "workers": 4}
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    figures = soak([broker], tmp_path, vhost=vhost, seed=seed, **size, **faults)
+    vhost = "q" if kind == "quorum" else "%2F"
+    figures = soak([fragile_broker], tmp_path, vhost=vhost, seed=seed, **size, **faults)
     print(figures)
     assert figures["confirmed"] == figures["tasks"]
     wrong = {name: value for name, value in figures.items() if name.startswith(("lost", "wrong"))}
