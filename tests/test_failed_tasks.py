@@ -1,15 +1,19 @@
-"""`worker.py`: a failed task is tried again after a delay, and ends as a dead letter."""
+"""`worker.py`: a failed task is retried after a delay, ends as a dead letter, and is never lost."""
 
 import contextlib
+import random
+import resource
 import signal
 import struct
+import subprocess
+import time
 
 import pika
 import pika.data
 import pytest
+from commands import GRACE
 from servers import wait_until
 
-FAIL = ["sh", "-c", "cat >&2; exit 3"]
 SOON = ["--retry-delay", "0.2"]
 PROPERTIES = {
     "content_type": "text/x-task",
@@ -23,169 +27,119 @@ PROPERTIES = {
     "app_id": "tests",
 }
 HEADERS = {"tenant": "Zoë", "attempt": 7, "nested": {"list": [1, None, True]}, "x-mine": "kept"}
+MAX_DELIVERIES = 15
+# It fails for a task that begins with "bad", and notes each of them in a file.
+FAIL_IF_BAD = ["sh", "-c", "read task; echo $task >> $0; case $task in bad*) exit 3; esac"]
+POISON = ["sh", "-c", "if grep -q poison; then kill -9 $PPID; fi"]  # it kills its worker
 
 
-@pytest.fixture(params=["classic", "quorum"])
-def url(request, vhosts):
-    """The URL of a virtual host, for either type of queue."""
-    return vhosts[request.param]
-
-
-@pytest.fixture
-def publish(broker, url, queue):
-    """Publish a task of somebody else's, with properties of their own."""
-
-    def publish(body, headers=None, **properties):
-        properties = pika.BasicProperties(headers=headers, **properties)
-        with broker.channel(url) as channel:
-            channel.queue_declare(queue, durable=True)
-            channel.confirm_delivery()
-            channel.basic_publish("", queue, body, properties, mandatory=True)
-
-    return publish
-
-
-@pytest.fixture
-def dead_letter(broker, url, queue):
-    """Wait for a message in QUEUE.dlq, take it; give its properties and its body."""
-
-    def take(name=f"{queue}.dlq"):
-        def get():
-            not_there_yet = contextlib.suppress(pika.exceptions.AMQPError)
-            with not_there_yet, broker.channel(url) as channel:
-                return channel.basic_get(name, auto_ack=True)[1:]
-
-        properties, body = wait_until(lambda: (got := get()) and got[0] and got)
-        properties.headers.pop("x-delivery-count", None)  # of this delivery, by a quorum queue
-        return properties, body
-
-    return take
-
-
-@pytest.fixture
-def careful(broker):
-    """The URL of a user whose permissions may be taken away."""
-    broker.rabbitctl_output("add_user", "careful", "secret")
-    broker.rabbitctl_output("set_permissions", "careful", ".*", ".*", ".*")
-    yield broker.url_of(login="careful:secret")
-    broker.rabbitctl_output("delete_user", "careful")
-
-
-def left(broker, url, queue):
+def take(broker, name, url=None):
+    """Wait for a message in a queue, and take it; return its properties and its body."""
+    wait_until(lambda: broker.ready(name, url))
     with broker.channel(url) as channel:
-        return channel.queue_declare(queue, passive=True).method.message_count
+        _, properties, body = channel.basic_get(name, auto_ack=True)
+    properties.headers.pop("x-delivery-count", None)  # of this delivery, by a quorum queue
+    return properties, body
 
 
-def test_a_task_past_its_time_limit_comes_back_twice_and_then_is_a_dead_letter(
-    run, broker, url, queue, publish, dead_letter
+@pytest.fixture(scope="module")
+def careful(broker):
+    """The URL of a user who may not declare a queue with a dot in its name."""
+    broker.rabbitctl_output("add_user", "careful", "secret")
+    broker.rabbitctl_output("set_permissions", "careful", "^[^.]*$", ".*", ".*")
+    return broker.url_of(login="careful:secret")
+
+
+# ---- Retries and dead letters ----
+
+
+def test_a_task_past_its_time_limit_is_retried_twice_and_then_is_a_dead_letter(
+    broker, vhosts, worker, publish, queue
 ):
-    limits = ["--time-limit", "2", "--retries", "2", "--retry-delay", "2"]
-    worker = run(url, "worker.py", "-q", queue, *limits)
-    publish(b"Too long.....", HEADERS, **PROPERTIES)
-    for times in (1, 2):
-        failed = worker.wait_for("Failed: time limit of 2 s", times)
-        publish(b"meanwhile")
-        back = worker.wait_for("Received 'Too long.....'", times + 1)
-        assert worker.wait_for("Done", times) < back
-        assert 1.5 < back - failed < 10  # far from no delay, and from the 30 s without the option
-    worker.wait_for(f"Failed: time limit of 2 s; it goes to {queue}.dlq")
-
-    properties, body = dead_letter()
-    assert body == b"Too long....."
-    assert properties.delivery_mode == 2
-    assert properties.headers == {
-        **HEADERS,
-        "x-retry-count": 2,
-        "x-last-error": "time limit of 2 s",
+    by_the_broker = {  # headers by which it would route, count or drop the copy
+        "CC": [queue],
+        "BCC": [queue],
+        "x-death": [{"queue": queue, "reason": "expired", "count": 1, "exchange": ""}],
+        "x-first-death-queue": queue,
+        "x-first-death-reason": "expired",
+        "x-first-death-exchange": "",
+        "x-last-death-queue": queue,
+        "x-delivery-count": 7,
+        "x-acquired-count": 7,
     }
-    for name, value in PROPERTIES.items():
-        assert getattr(properties, name) == value
-    assert worker.out.count(" [x] Received 'Too long.....'") == 3
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    assert worker.err == []
-    assert [left(broker, url, name) for name in (queue, f"{queue}.retry")] == [0, 0]
+    limits = ["--time-limit", "1", "--retries", "2", "--retry-delay", "2"]
+    workers = {url: worker(*limits, url=url) for url in vhosts.values()}
+    for url in workers:
+        headers = {**HEADERS, **by_the_broker}
+        publish(b"long...", headers, url, expiration="60000", user_id="guest", **PROPERTIES)
+
+    for times in (1, 2):
+        failed = {}
+        for url, each in workers.items():
+            failed[url] = each.wait_for("Failed: time limit of 1 s; retrying in 2 s", times)
+            publish(b"meanwhile", url=url)
+        for url, each in workers.items():
+            back = each.wait_for("Received 'long...'", times + 1)
+            assert each.wait_for("Done", times) < back
+            assert 1.5 < back - failed[url] < 10  # neither at once nor the default of 30 s
+
+    for url, each in workers.items():
+        each.wait_for(f"Failed: time limit of 1 s; moved to {queue}.dlq")
+        properties, body = take(broker, f"{queue}.dlq", url)
+        assert body == b"long..."
+        ours = {"x-retry-count": 2, "x-last-error": "time limit of 1 s"}
+        assert properties.headers == {**HEADERS, **ours}
+        assert properties.delivery_mode == 2
+        assert properties.expiration is None
+        assert properties.user_id is None
+        for name, value in PROPERTIES.items():
+            assert getattr(properties, name) == value
+        each.signal(signal.SIGTERM)
+        assert each.wait() == 0
+        assert each.err == []
+        assert each.out.count(" [x] Received 'long...'") == 3
+        assert [broker.ready(f"{queue}{suffix}", url) for suffix in ("", ".retry")] == [0, 0]
 
 
-def test_a_task_as_long_as_the_time_limit_is_done(run, broker, queue, send):
-    send(broker, queue, "just..")
-    worker = run(broker, "worker.py", "-q", queue, "--time-limit", "2")
-    worker.wait_for("Done")
+def test_a_task_that_ends_just_within_its_time_limit_is_done(broker, worker, send, queue):
+    sleeping = worker("--time-limit", "2")
+    # It ends between the last two looks that the worker takes.
+    command = ["sh", "-c", "sleep 1.95; echo finished"]
+    running = worker("-q", f"{queue}-command", "--time-limit", "2", *command)
+    for name in (queue, f"{queue}-command"):
+        send(broker, name, "just..")
+    sleeping.wait_for("Done")
+    running.wait_for("finished")
+    running.wait_for("Done")
+    assert not any("Failed" in line for line in sleeping.out + running.out)
 
 
-def test_dead_letters_are_worked_off_with_all_their_tries(run, url, queue, publish, dead_letter):
-    publish(b"task", HEADERS)
-    worker = run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    worker.wait_for("it goes to")
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    again = run(url, "worker.py", "-q", f"{queue}.dlq", "--retries", "1", *SOON, *FAIL)
-    properties, body = dead_letter(f"{queue}.dlq.dlq")
+def test_dead_letters_are_reprocessed_with_all_their_retries(
+    broker, vhosts, worker, publish, queue
+):
+    url = vhosts["quorum"]
+    publish(b"task", HEADERS, url)
+    worker("--retries", "0", "false", url=url).wait_for("moved to")
+    again = worker("-q", f"{queue}.dlq", "--retries", "1", *SOON, "false", url=url)
+    properties, body = take(broker, f"{queue}.dlq.dlq", url)
     assert body == b"task"
-    assert properties.headers == {**HEADERS, "x-retry-count": 1, "x-last-error": "exit status 3"}
-    assert again.out.count(" [x] Received 'task'") == 2
+    assert properties.headers == {**HEADERS, "x-retry-count": 1, "x-last-error": "exit status 1"}
+    assert again.tasks("Received") == ["task", "task"]
 
 
-@pytest.mark.parametrize("count", [-5, "many", None, True, [1], 2**62])
-def test_a_retry_count_of_somebody_elses_making_does_no_harm(
-    run, url, queue, publish, dead_letter, count
-):
-    publish(b"task", {"x-retry-count": count, "x-delivery-count": 100})
-    run(url, "worker.py", "-q", queue, "--retries", "1", "--retry-delay", "0", *FAIL)
-    properties, _ = dead_letter()
-    assert properties.headers["x-last-error"] == "exit status 3"
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_a_retry_count_of_the_senders_does_no_harm(broker, vhosts, worker, publish, queue, kind):
+    counts = [-5, "many", None, True, [1], 2**62]
+    for count in counts:
+        publish(b"task", {"x-retry-count": count, "x-delivery-count": 100}, vhosts[kind])
+    worker("--retries", "1", "--retry-delay", "0", "false", url=vhosts[kind])
+    for _ in counts:
+        properties, _ = take(broker, f"{queue}.dlq", vhosts[kind])
+        assert properties.headers == {"x-retry-count": 1, "x-last-error": "exit status 1"}
 
 
-def test_an_expiration_does_not_make_a_dead_letter_vanish(run, url, queue, publish, dead_letter):
-    publish(b"task", expiration="60000")
-    run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    assert dead_letter()[0].expiration is None
-
-
-@pytest.mark.parametrize("user", ["guest", "careful"])
-def test_the_name_of_the_user_who_sent_a_task_is_not_on_its_copy(run, broker, queue, careful, user):
-    sender = {"guest": broker.url, "careful": careful}[user]
-    with broker.channel(sender) as channel:
-        channel.queue_declare(queue, durable=True)
-        channel.basic_publish("", queue, b"task", pika.BasicProperties(user_id=user))
-    worker = run(broker, "worker.py", "-q", queue, "--retries", "1", *SOON, *FAIL)
-    worker.wait_for("it goes to")
-    wait_until(lambda: broker.ready(f"{queue}.dlq"))
-    with broker.channel() as channel:
-        assert channel.basic_get(f"{queue}.dlq")[1].user_id is None
-
-
-def test_the_headers_by_which_the_broker_would_route_or_count_are_not_on_the_copy(
-    run, broker, url, queue, publish, dead_letter
-):
-    death = [{"queue": queue, "reason": "expired", "count": 1, "exchange": "", "routing-keys": []}]
-    publish(
-        b"task",
-        {
-            **HEADERS,
-            "CC": [queue],
-            "BCC": [queue],
-            "x-death": death,
-            "x-first-death-queue": queue,
-            "x-first-death-reason": "expired",
-            "x-first-death-exchange": "",
-            "x-last-death-queue": queue,
-            "x-delivery-count": 7,
-            "x-acquired-count": 7,
-        },
-    )
-    worker = run(url, "worker.py", "-q", queue, "--retries", "1", *SOON, *FAIL)
-    properties, _ = dead_letter()
-    assert properties.headers == {**HEADERS, "x-retry-count": 1, "x-last-error": "exit status 3"}
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    assert worker.out.count(" [x] Received 'task'") == 2
-    queues = (queue, f"{queue}.retry", f"{queue}.dlq")
-    assert [left(broker, url, name) for name in queues] == [0, 0, 0]
-
-
-def test_a_header_that_pika_cannot_send_is_left_out_and_named(
-    run, broker, url, queue, dead_letter, monkeypatch
+def test_of_headers_that_pika_cannot_send_the_copy_has_none_but_all_else(
+    broker, worker, queue, monkeypatch
 ):
     def with_floats(pieces, value, encode=pika.data.encode_value):
         if not isinstance(value, float):
@@ -193,245 +147,393 @@ def test_a_header_that_pika_cannot_send_is_left_out_and_named(
         pieces.append(struct.pack(">cd", b"d", value))  # as other clients do
         return 9
 
-    with broker.channel(url) as channel, monkeypatch.context() as patched:
+    with broker.channel() as channel, monkeypatch.context() as patched:
         patched.setattr(pika.data, "encode_value", with_floats)
         channel.queue_declare(queue, durable=True)
         headers = {"weight": 1e300, "tenant": "Zoë"}
-        channel.basic_publish("", queue, b"task", pika.BasicProperties(headers=headers))
-    worker = run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    worker.wait_for("Failed: exit status 3")
-    assert "'weight'" in worker.out[2]
-    properties, body = dead_letter()
+        channel.basic_publish("", queue, b"task", pika.BasicProperties(headers=headers, type="t"))
+    worker("--retries", "0", "false")
+    properties, body = take(broker, f"{queue}.dlq")
     assert body == b"task"
-    assert properties.headers == {
-        "tenant": "Zoë",
-        "x-retry-count": 0,
-        "x-last-error": "exit status 3",
-    }
+    assert properties.type == "t"
+    assert properties.headers == {"x-retry-count": 0, "x-last-error": "exit status 1"}
 
 
-def make_full(broker, url, queue):
-    limits = {"x-max-length": 1, "x-overflow": "reject-publish"}
-    with broker.channel(url) as channel:
-        channel.queue_declare(f"{queue}.dlq", durable=True, arguments=limits)
-        channel.confirm_delivery()
-        with contextlib.suppress(pika.exceptions.NackError):
-            for _ in range(3):  # a quorum queue takes one more
-                channel.basic_publish("", f"{queue}.dlq", b"in the way")
-
-
-def make_room(broker, url, queue):
-    with broker.channel(url) as channel:
-        channel.queue_purge(f"{queue}.dlq")
-
-
-def make_transient(broker, url, queue):
+def test_a_user_who_may_not_declare_queues_uses_those_that_are_there(
+    broker, careful, worker, publish, queue
+):
+    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": queue}
     with broker.channel() as channel:
-        channel.queue_declare(f"{queue}.dlq")
+        channel.queue_declare(f"{queue}.retry", durable=True, arguments=arguments)
+        channel.queue_declare(f"{queue}.dlq", durable=True, arguments={"x-max-length": 10})
+    publish(b"task", user_id="guest")  # which is not the user of the copy's connection
+    failing = worker("--retries", "1", *SOON, "false", url=careful)
+    properties, _ = take(broker, f"{queue}.dlq")
+    assert properties.user_id is None
+    assert failing.tasks("Received") == ["task", "task"]
+    assert failing.err == []
 
 
-def make_forbidden(broker, url, queue):
-    broker.rabbitctl_output("set_permissions", "careful", "^[^.]*$", ".*", ".*")
+# ---- A task that can't be finished stays in hand ----
 
 
-@pytest.mark.parametrize(
-    ("obstacle", "reason"),
-    [
-        (make_full, "is that queue full"),
-        (make_transient, "'durable'"),
-        (make_forbidden, "ACCESS_REFUSED"),
-    ],
-)
-def test_a_failed_task_that_cannot_be_published_stays_in_hand_until_sigterm(
-    run, broker, queue, send, careful, obstacle, reason
-):
-    obstacle(broker, broker.url, queue)
-    send(broker, queue, "task")
-    worker = run(careful, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    worker.wait_for(f"Can't put the failed task into {queue}.dlq")
-    assert reason in worker.err[-1]
-    assert worker.err[-1].endswith("trying again in 30 s")
-    assert broker.ready(queue) == 0
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    assert broker.bodies(queue) == [b"task"]
+def make_full(channel, name):
+    limits = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    channel.queue_declare(f"{name}.dlq", durable=True, arguments=limits)
+    channel.confirm_delivery()
+    with contextlib.suppress(pika.exceptions.NackError):
+        for _ in range(3):  # a quorum queue takes one more
+            channel.basic_publish("", f"{name}.dlq", b"in the way")
 
 
-def test_a_failed_task_stays_in_hand_until_it_can_be_published(
-    run, broker, url, queue, publish, dead_letter
-):
-    make_full(broker, url, queue)
-    publish(b"task")
-    url_of_short_heartbeats = f"{url}?heartbeat=2"
-    worker = run(url_of_short_heartbeats, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    worker.wait_for("trying again in 30 s")
-    make_room(broker, url, queue)
-    properties, body = dead_letter()
-    assert body == b"task"
-    assert properties.headers == {"x-retry-count": 0, "x-last-error": "exit status 3"}
-    publish(b"next")
-    worker.wait_for("Received 'next'")
-    assert worker.out.count(" [x] Received 'task'") == 1  # for it was never given back
-    assert len(worker.err) == 1  # nor was the connection lost
+def make_transient(channel, name):
+    channel.queue_declare(f"{name}.dlq")
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 0)])
-def test_a_signal_ends_a_worker_that_has_a_failed_task_in_hand(
-    run, broker, url, queue, publish, number, status
-):
-    make_full(broker, url, queue)
-    publish(b"task")
-    worker = run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    worker.wait_for("trying again in 30 s")
-    worker.signal(signal.Signals[number])
-    assert worker.wait(timeout=15) == status
-    wait_until(lambda: left(broker, url, queue) == 1)
+def make_retry(**arguments):
+    """Return what declares a QUEUE.retry that is not the worker's."""
+    more = {f"x-{key.replace('_', '-')}": value for key, value in arguments.items()}
+
+    def declare(channel, name):
+        back = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": name}
+        channel.queue_declare(f"{name}.retry", durable=True, arguments={**back, **more})
+
+    return declare
 
 
-def test_a_worker_that_is_to_stop_says_too_why_a_task_went_back(run, broker, queue, send):
-    make_full(broker, broker.url, queue)
-    send(broker, queue, "task")
-    command = ["sh", "-c", "echo begun; sleep 1; exit 3"]
-    worker = run(broker, "worker.py", "-q", queue, "--retries", "0", *command)
-    worker.wait_for("begun")
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    (line,) = worker.err
-    assert line.endswith("is that queue full?")
-    assert broker.bodies(queue) == [b"task"]
+def make_nothing(channel, name):
+    pass
 
 
-BACK = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "QUEUE"}  # the test's own
+SAFE = {
+    "queue_type": "quorum",
+    "dead_letter_strategy": "at-least-once",
+    "overflow": "reject-publish",
+}
+OBSTACLES = [
+    (make_full, "dlq", "full"),
+    (make_transient, "dlq", "'durable'"),
+    (make_nothing, "dlq", "ACCESS_REFUSED"),  # careful may not make it
+    (make_retry(), "retry", "PRECONDITION_FAILED"),
+    (make_retry(queue_type="quorum"), "retry", "PRECONDITION_FAILED"),
+    (make_retry(**SAFE, message_ttl=1000), "retry", "PRECONDITION_FAILED"),
+    (make_retry(**SAFE, dead_letter_routing_key="elsewhere"), "retry", "PRECONDITION_FAILED"),
+]
 
 
-def declare_retry(broker, url, queue, arguments, **options):
-    arguments = {name: queue if text == "QUEUE" else text for name, text in arguments.items()}
+@pytest.fixture
+def not_to_be_run(tmp_path):
+    """A command that is there, but fails to start: without a line that names an interpreter."""
+    command = tmp_path / "command"
+    command.write_text("echo done")
+    command.chmod(0o755)
+    return command
+
+
+def give_task(broker, name, obstacle=make_nothing, url=None, bodies=(b"task",)):
     with broker.channel(url) as channel:
-        channel.queue_declare(f"{queue}.retry", durable=True, arguments=arguments, **options)
+        obstacle(channel, name)
+        channel.queue_declare(name, durable=True)
+        channel.confirm_delivery()
+        for body in bodies:
+            channel.basic_publish("", name, body)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"x-dead-letter-exchange": "elsewhere"},
-        {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "elsewhere"},
-        {"x-message-ttl": 1000},
-        {"x-expires": 60_000},
-        {"x-max-length": 1000},
-        {"x-queue-type": "quorum", "x-message-ttl": 1000},
-        {"x-queue-type": "quorum", "x-expires": 60_000, **BACK},
-        {"x-expires": 60_000, **BACK},
-    ],
-    ids=lambda arguments: " ".join(arguments) or "plain",
-)
-def test_a_retry_queue_from_which_a_task_might_not_come_back_is_not_used(
-    run, broker, url, queue, publish, arguments
+def test_a_failed_task_that_cannot_be_moved_stays_in_hand_until_a_signal(
+    broker, careful, worker, not_to_be_run, queue
 ):
-    declare_retry(broker, url, queue, arguments)
-    publish(b"task")
-    worker = run(url, "worker.py", "-q", queue, *FAIL)
-    worker.wait_for(f"Can't put the failed task into {queue}.retry")
-    assert "PRECONDITION_FAILED" in worker.err[-1]
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0
-    assert [left(broker, url, name) for name in (queue, f"{queue}.retry")] == [1, 0]
+    workers = []
+    for number, (obstacle, suffix, reason) in enumerate(OBSTACLES):
+        name = f"{queue}-{number}"
+        give_task(broker, name, obstacle)
+        options = ["-q", name, "--retries", "0" if suffix == "dlq" else "1", "false"]
+        url = careful if reason == "ACCESS_REFUSED" else None
+        workers.append((name, worker(*options, url=url)))
+
+    # The broker's reason is said, and the task is not given back.
+    for (name, each), (_, suffix, reason) in zip(workers, OBSTACLES):
+        each.wait_for("retrying in 30 s")
+        (line,) = each.err
+        assert f"Can't move the failed task to {name}.{suffix}" in line
+        assert reason in line
+        assert broker.ready(name) == 0
+
+    # Signals are heeded meanwhile, and give it back.
+    for number, (name, each) in enumerate(workers):
+        sent, status = ((signal.SIGTERM, 0), (signal.SIGINT, 130))[number % 2]
+        each.signal(sent)
+        assert each.wait() == status
+        wait_until(lambda name=name: broker.ready(name) == 1)
+        assert not broker.ready(f"{name}.retry")
+
+    # So are they by one that can't run its command, and has prefetched another task.
+    name = f"{queue}-command"
+    give_task(broker, name, bodies=[b"task", b"next"])
+    broken = worker("-q", name, "--prefetch-count", "2", not_to_be_run)
+    broken.wait_for("retrying in 30 s")
+    broken.signal(signal.SIGTERM)
+    assert broken.wait() == 0
+    wait_until(lambda: broker.ready(name) == 2)
+
+    # A worker that was told to stop before tries once, and says why the task went back.
+    give_task(broker, queue, make_full)
+    stopping = worker("--retries", "0", "sh", "-c", "echo begun; sleep 1; exit 3")
+    stopping.wait_for("begun")
+    stopping.signal(signal.SIGTERM)
+    assert stopping.wait() == 0
+    (line,) = stopping.err
+    assert "full" in line
+    assert "retrying" not in line
+    assert broker.bodies(queue) == [b"task"]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"x-queue-type": "quorum"},
-        {"x-max-length": 1000},
-        {"x-single-active-consumer": True},
-        {"x-message-ttl": 60_000, "x-max-length-bytes": 10_000_000},
-        {
-            "x-queue-type": "quorum",
-            "x-dead-letter-strategy": "at-least-once",
-            "x-overflow": "reject-publish",
-        },
-    ],
-    ids=lambda more: list(more)[-1],
-)
-def test_a_retry_queue_with_more_properties_is_used(run, broker, url, queue, publish, more):
-    declare_retry(broker, url, queue, {**BACK, **more})
-    publish(b"task")
-    worker = run(url, "worker.py", "-q", queue, *SOON, *FAIL)
-    worker.wait_for("Received", times=2)
-    assert worker.err == []
-
-
-def test_a_user_who_may_not_declare_queues_uses_the_retry_queue_that_is_there(
-    run, broker, queue, send, careful
+def test_a_task_stays_in_hand_until_it_can_be_finished(
+    broker, vhosts, worker, not_to_be_run, queue
 ):
-    declare_retry(broker, broker.url, queue, {**BACK, "x-message-ttl": 60_000})
-    send(broker, queue, "task")
-    broker.rabbitctl_output("set_permissions", "careful", "^$", ".*", ".*")
-    worker = run(careful, "worker.py", "-q", queue, *SOON, *FAIL)
-    worker.wait_for("Received", times=2)
-    assert worker.err == []
+    # At the same time, with many heartbeats in the 30 s until the second try:
+    workers = {}
+
+    def start(trouble, *arguments, kind="classic"):
+        options = ["-q", f"{queue}-{trouble}", "--retry-delay", "600", *arguments]
+        workers[trouble] = worker(*options, url=f"{vhosts[kind]}?heartbeat=2")
+
+    def give(trouble, obstacle=make_nothing, kind="classic"):
+        tasks = [b"x" * 20_000, b"next"]
+        give_task(broker, f"{queue}-{trouble}", obstacle, vhosts[kind], tasks)
+        workers[trouble].wait_for("retrying in 30 s")
+        assert broker.ready(f"{queue}-{trouble}", vhosts[kind]) == 1
+
+    start("classic", "--retries", "0", "false")
+    give("classic", make_full)
+    start("quorum", "--retries", "0", "false", kind="quorum")
+    give("quorum", make_full, kind="quorum")
+    start("retry", "false")
+    give("retry", make_retry())
+    start("command", not_to_be_run)
+    give("command")
+    start("room", "md5sum")  # which gets its standard input from a file
+    resource.prlimit(workers["room"].process.pid, resource.RLIMIT_FSIZE, (10_000, -1))
+    give("room")
+    assert "Can't run" in workers["room"].err[0]
+
+    # When what was wrong has been put right,
+    for trouble, url in (("classic", None), ("quorum", vhosts["quorum"]), ("retry", None)):
+        with broker.channel(url) as channel:
+            suffix = "retry" if trouble == "retry" else "dlq"
+            channel.queue_delete(f"{queue}-{trouble}.{suffix}")
+    not_to_be_run.write_text("#!/bin/sh\necho done")
+    resource.prlimit(workers["room"].process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+
+    # it is finished, and the next one is begun.
+    wait_until(lambda: broker.ready(f"{queue}-classic.dlq") == 2)
+    wait_until(lambda: broker.ready(f"{queue}-quorum.dlq", vhosts["quorum"]) == 2)
+    wait_until(lambda: broker.ready(f"{queue}-retry.retry") == 2)
+    workers["command"].wait_for("Done", times=2)
+    workers["room"].wait_for("Done", times=2)
+    for each in workers.values():
+        assert len(each.tasks("Received")) == 2
+        assert not any("redelivered" in line for line in each.out)
+        assert len(each.err) == 1  # nor was the connection lost
 
 
-@pytest.fixture
-def in_alarm(fragile_broker):
-    """Give the server no disk space, until the end or until it is called."""
-
-    def switch(limit):
-        fragile_broker.rabbitctl_output("set_disk_free_limit", limit)
-        alarms = ["eval", "rabbit_alarm:get_alarms()."]
-        on = limit != "50MB"
-        wait_until(lambda: ("disk" in fragile_broker.rabbitctl_output(*alarms)) == on)
-
-    switch("100000GB")
-    yield lambda: switch("50MB")
-    switch("50MB")
-
-
-@pytest.fixture
-def blocked(in_alarm, fragile_broker, run, queue):
-    """A worker with a failed task in hand, which it can't publish."""
-    url = fragile_broker.url_of(query="?heartbeat=3")
-    worker = run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    worker.wait_for(f"Can't put the failed task into {queue}.dlq")
-    assert "short of memory or disk" in worker.err[-1]
-    return worker
-
-
-@pytest.fixture
-def sent_before(fragile_broker, send, queue):
-    send(fragile_broker, queue, "task")
-
-
-def test_under_an_alarm_a_failed_task_stays_in_hand(sent_before, blocked, fragile_broker, queue):
-    assert fragile_broker.ready(queue) == 0
-    blocked.signal(signal.SIGTERM)
-    assert blocked.wait() == 0
-    assert fragile_broker.bodies(queue) == [b"task"]
-
-
-def test_after_an_alarm_there_is_one_copy_whatever_was_tried_meanwhile(
-    sent_before, in_alarm, blocked, fragile_broker, queue
+def test_in_an_alarm_a_failed_task_waits_in_hand_and_then_there_is_one_copy(
+    fragile_broker, fragile_vhosts, worker, alarm, queue
 ):
-    blocked.wait_for(f"Can't put the failed task into {queue}.dlq", times=2)
-    in_alarm()
-    wait_until(lambda: fragile_broker.ready(f"{queue}.dlq"))
-    blocked.signal(signal.SIGTERM)
-    assert blocked.wait() == 0
-    assert not any("redelivered" in line for line in blocked.out)  # heartbeats went on
-    assert fragile_broker.bodies(f"{queue}.dlq") == [b"task"]
-    assert fragile_broker.bodies(queue) == []
+    kinds = {"dlq": "classic", "retry": "quorum", "stopping": "classic", "twice": "quorum"}
+    for name, kind in kinds.items():
+        tasks = [b"bad", b"good"]
+        give_task(fragile_broker, f"{queue}-{name}", url=fragile_vhosts[kind], bodies=tasks)
 
-
-def test_ctrl_c_ends_a_worker_at_once_that_an_alarm_keeps_from_publishing(
-    sent_before, in_alarm, fragile_broker, run, queue
-):
-    url = fragile_broker.url_of(query="?blocked_connection_timeout=60")
-    worker = run(url, "worker.py", "-q", queue, "--retries", "0", *FAIL)
-    worker.wait_for("Failed")
+    alarm(True)
+    begin = time.monotonic()
+    workers = {}
+    for name, kind in kinds.items():
+        retries = ["--retries", "1" if name == "retry" else "0", "--retry-delay", "600"]
+        command = [*FAIL_IF_BAD, "/dev/null"]
+        url = f"{fragile_vhosts[kind]}?heartbeat=2"
+        workers[name] = worker("-q", f"{queue}-{name}", *retries, *command, url=url)
+        workers[name].wait_for("Failed")
     states = ["list_connections", "state"]
-    wait_until(lambda: "blocked" in fragile_broker.rabbitctl_output(*states))
-    worker.signal(signal.SIGINT)
-    assert worker.wait(timeout=15) == 130
-    in_alarm()
-    wait_until(lambda: fragile_broker.ready(queue) == 1)
-    assert fragile_broker.ready(f"{queue}.dlq") is None
+    wait_until(lambda: fragile_broker.rabbitctl_output(*states).count("blocked") == len(kinds))
+
+    # A first signal is only noted. A second one ends the worker at once.
+    workers["stopping"].signal(signal.SIGTERM)
+    workers["twice"].signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        workers["twice"].process.wait(1)
+    workers["twice"].signal(signal.SIGTERM)
+    assert workers.pop("twice").wait(timeout=GRACE) == 130
+
+    # The others keep their connections for many heartbeats, and say nothing.
+    time.sleep(max(0, begin + 20 - time.monotonic()))
+    assert all(each.err == [] for each in workers.values())
+    alarm(False)
+
+    # Then there is one copy of each task, and two workers go on.
+    for name in ("dlq", "retry"):
+        workers[name].wait_for("Done")
+        assert workers[name].tasks("Received") == ["bad", "good"]
+    assert workers["stopping"].wait() == 0
+    assert workers["stopping"].tasks("Received") == ["bad"]
+    for name, each in workers.items():
+        assert not any("redelivered" in line for line in each.out)
+        assert each.err == []
+        suffix, url = "retry" if name == "retry" else "dlq", fragile_vhosts[kinds[name]]
+        assert fragile_broker.bodies(f"{queue}-{name}.{suffix}", url) == [b"bad"]
+    assert fragile_broker.bodies(f"{queue}-stopping") == [b"good"]
+    url = fragile_vhosts[kinds["twice"]]
+    wait_until(lambda: fragile_broker.ready(f"{queue}-twice", url) == 2)
+
+
+# ---- None is lost ----
+
+
+def test_failed_tasks_survive_a_broker_that_is_killed(
+    fragile_broker, fragile_vhosts, worker, send, queue, tmp_path
+):
+    # Two workers that fail half of their tasks, and others whose tasks wait for a retry.
+    begun = tmp_path / "begun"
+    options = ["--retries", "0", *FAIL_IF_BAD, begun]
+    busy = [worker(*options, url=fragile_broker.url) for _ in range(2)]
+    send(fragile_broker, queue, "bad, so that the dead-letter queue is made")
+    waiting = {}
+    for kind, url in fragile_vhosts.items():
+        options = ["-q", f"{queue}-{kind}", "--retry-delay", "6", "--time-limit", "0.001"]
+        waiting[kind] = worker(*options, url=url)
+        send(url, f"{queue}-{kind}", "so that the retry queue is made.")
+        waiting[kind].wait_for("Failed")
+    wait_until(lambda: fragile_broker.ready(f"{queue}.dlq"))
+    fragile_broker.settle()
+    due = [f"task {number}." for number in range(150)]
+    for kind, url in fragile_vhosts.items():
+        send(url, f"{queue}-{kind}", *due)
+    for each in waiting.values():
+        each.wait_for("Failed", times=1 + len(due))
+        each.signal(signal.SIGTERM)  # so that what comes back stays in the queue
+        assert each.wait() == 0
+
+    # The broker is killed with tasks in hand, and comes back when others become due.
+    tasks = [f"{kind} {number}" for number in range(300) for kind in ("good", "bad")]
+    send(fragile_broker, queue, *tasks)
+    for part in (100, 300):
+        wait_until(lambda part=part: begun.read_text().count("\n") > part)
+        fragile_broker.kill()
+        fragile_broker.start()
+
+    # All that failed is there, and nothing else.
+    wait_until(lambda: set(tasks) <= set(begun.read_text().splitlines()))
+    for each in busy:
+        each.signal(signal.SIGTERM)
+        assert each.wait() == 0
+    assert fragile_broker.ready(queue) == 0
+    letters = {body.decode() for body in fragile_broker.bodies(f"{queue}.dlq")}
+    assert {task for task in tasks if task.startswith("bad")} <= letters
+    assert not any(letter.startswith("good") for letter in letters)
+    for kind, url in fragile_vhosts.items():
+        back = set()
+
+        def all_back(name=f"{queue}-{kind}", url=url, back=back):
+            back.update(body.decode() for body in fragile_broker.bodies(name, url))
+            return set(due) <= back
+
+        wait_until(all_back)
+
+
+def test_a_worker_killed_at_any_moment_leaves_a_failed_task_in_one_queue_or_in_two(
+    broker, vhosts, worker, send, queue
+):
+    seed = random.randrange(1_000_000)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    tasks = [f"task {number}." for number in range(1500)]
+    destinations = {"retry": ("1", vhosts["classic"]), "dlq": ("0", vhosts["quorum"])}
+    for suffix, (_, url) in destinations.items():
+        send(url, f"{queue}-{suffix}", *tasks)
+
+    kills = 12  # of two workers each
+    for _ in range(kills):
+        workers = []
+        for suffix, (retries, url) in destinations.items():
+            options = ["--time-limit", "0.001", "--retries", retries, "--retry-delay", "600"]
+            workers.append(worker("-q", f"{queue}-{suffix}", *options, url=url))
+        for each in workers:
+            each.wait_for("Failed")
+            time.sleep(moments.uniform(0, 0.03))  # in which some more fail
+            each.signal(signal.SIGKILL)
+        for each in workers:
+            assert each.wait() == -signal.SIGKILL
+
+    for suffix, (_, url) in destinations.items():
+        names = [f"{queue}-{suffix}", f"{queue}-{suffix}.{suffix}"]
+        found = {name: [] for name in names}
+
+        def all_there(url=url, found=found):  # the last one is given back a little later
+            for name, bodies in found.items():
+                bodies += map(bytes.decode, broker.bodies(name, url))
+            return set().union(*found.values()) == set(tasks)
+
+        wait_until(all_there)
+        copies = found[names[1]]
+        print(len(copies), sum(map(len, found.values())) - len(tasks))
+        assert len(copies) > kills
+        assert sum(map(len, found.values())) <= len(tasks) + kills
+
+
+@pytest.fixture
+def killed(worker, vhosts):
+    """Start a worker of quorum queues that is killed by its task: killed("-p", "10")."""
+
+    def start(*arguments):
+        script = worker(*arguments, *POISON, url=vhosts["quorum"])
+        assert script.wait() == -signal.SIGKILL
+        return script
+
+    return start
+
+
+def test_a_task_that_kills_its_worker_is_a_dead_letter_before_the_broker_drops_it(
+    broker, vhosts, worker, killed, send, queue
+):
+    url = vhosts["quorum"]
+    send(url, queue, "poison", "behind it")
+    for _ in range(MAX_DELIVERIES):
+        assert killed().tasks("Received") == ["poison"]
+    last = worker(*POISON, url=url)
+    last.wait_for("Done")
+    assert last.tasks("Received") == ["poison", "behind it"]
+    failure = f"delivered {MAX_DELIVERIES} times, never finished"
+    assert f"Failed: {failure}" in last.out[2]
+    properties, body = take(broker, f"{queue}.dlq", url)
+    assert body == b"poison"
+    assert properties.headers == {"x-retry-count": 0, "x-last-error": failure}
+
+
+def test_deliveries_to_workers_that_never_began_a_task_make_no_dead_letter_of_it(
+    broker, vhosts, worker, killed, send, queue
+):
+    url = vhosts["quorum"]
+    innocent = [f"innocent {number}" for number in range(3)]
+    send(url, f"{queue}-killed", "poison", *innocent)
+    tasks = [f"task {number}" for number in range(12)]
+    send(url, f"{queue}-stopped", *tasks)
+
+    # Eight crashes, and beside them nine stops, each with all tasks prefetched.
+    options = ["--prefetch-count", "20"]
+    done = []
+    for times in range(9):
+        stopped = worker("-q", f"{queue}-stopped", *options, "sleep", "0.2", url=url)
+        stopped.wait_for("Received")
+        stopped.signal(signal.SIGTERM)
+        if times < 8:
+            killed("-q", f"{queue}-killed", *options)
+        assert stopped.wait() == 0
+        assert stopped.err == []
+        assert not any("Failed" in line for line in stopped.out)
+        done += stopped.tasks("Received")
+
+    after = worker("-q", f"{queue}-killed", *options, "true", url=url)
+    after.wait_for("Done", times=4)
+    assert sorted(after.tasks("Received")) == sorted(["poison", *innocent])
+    rest = worker("-q", f"{queue}-stopped", "true", url=url)
+    rest.wait_for("Done", times=len(tasks) - len(done))
+    assert sorted(done + rest.tasks("Received")) == sorted(tasks)

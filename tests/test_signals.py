@@ -1,46 +1,26 @@
 """What a worker's tasks, and its exit status, become when a signal ends it."""
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
-import pexpect
+import psutil
 import pytest
-from conftest import ROOT
-from servers import PATIENCE, free_port, wait_until
+from commands import STUBBORN, assert_ended, pids_of
+from conftest import WAITING
+from servers import free_port, wait_until
 
-WAITING = " [*] Waiting for messages. To exit press CTRL+C"
+HEAVY = "heavy" + 60 * "."
 AT_ONCE = 1  # seconds, of the quickest of some: a busy machine makes others longer
 SOME = 3
-STOPS = 40
-SEED = random.randrange(1_000_000)
 
 
-@pytest.fixture
-def worker(run, broker, queue):
-    """A worker of this test's queue, ready to receive."""
-
-    def start(*arguments):
-        script = run(broker, "worker.py", "-q", queue, *arguments)
-        script.wait_for("Waiting")
-        return script
-
-    return start
-
-
-@pytest.fixture
-def nowhere():
-    """The URL of a broker that isn't there."""
-    return f"amqp://127.0.0.1:{free_port()}"
-
-
-def stop(script, number):
-    """Send a signal; return the exit status and the seconds that the end took."""
+def stop(script, *numbers):
+    """Send signals; return the exit status and the seconds that the end took."""
     start = time.monotonic()
-    script.signal(number)
+    for number in numbers:
+        script.signal(number)
     return script.wait(), time.monotonic() - start
 
 
@@ -48,9 +28,8 @@ def stop(script, number):
 def test_another_worker_gets_the_task_of_one_that_ends_in_mid_task_within_a_second(
     broker, worker, send, queue, number, status
 ):
-    heavy = "heavy" + 60 * "."
     workers = [worker()]
-    send(broker, queue, heavy)
+    send(broker, queue, HEAVY)
     workers[0].wait_for("Received")
     pauses = []
     for _ in range(SOME):
@@ -60,128 +39,172 @@ def test_another_worker_gets_the_task_of_one_that_ends_in_mid_task_within_a_seco
         pauses.append(workers[-1].wait_for("Received") - start)
     first, second = workers[:2]
     assert first.wait() == status
-    assert first.out == [WAITING, f" [x] Received '{heavy}'"]
+    assert first.out == [WAITING, f" [x] Received '{HEAVY}'"]
     assert first.err == []
     assert second.wait() == status
-    assert second.out == [WAITING, f" [x] Received '{heavy}' (redelivered)"]
+    assert second.out == [WAITING, f" [x] Received '{HEAVY}' (redelivered)"]
     assert min(pauses) < AT_ONCE
 
 
-@pytest.mark.parametrize("prefetch_count", ["1", "0", "5"])
 def test_sigterm_lets_a_worker_finish_the_task_in_hand_and_begin_no_other(
-    broker, worker, send, queue, prefetch_count
+    broker, worker, send, queue
 ):
-    first = worker("--prefetch-count", prefetch_count)
-    send(broker, queue, "in hand....", "waiting")
-    first.wait_for("Received")
-    assert broker.ready(queue) == (1 if prefetch_count == "1" else 0)
-    assert stop(first, signal.SIGTERM)[0] == 0
-    assert first.out == [WAITING, " [x] Received 'in hand....'", " [x] Done"]
-    assert first.err == []
-    second = worker()
-    second.wait_for("Done")
-    handed_over_before = "" if prefetch_count == "1" else " (redelivered)"
-    assert second.out == [WAITING, f" [x] Received 'waiting'{handed_over_before}", " [x] Done"]
-    assert stop(second, signal.SIGTERM)[0] == 0
-    assert broker.bodies(queue) == []
-
-
-def test_sigterm_and_then_sigint_ends_a_worker_at_once(broker, worker, send, queue):
-    heavy = "heavy" + 60 * "."
-    send(broker, queue, heavy)
-    pauses = []
-    for times in range(SOME):
-        script = worker()
-        script.wait_for("Received")
-        script.signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):  # for it is finishing the task
-            script.process.wait(0.5)
-        status, seconds = stop(script, signal.SIGINT)
-        assert status == 130
-        pauses.append(seconds)
-        again = " (redelivered)" if times else ""
-        assert script.out == [WAITING, f" [x] Received '{heavy}'{again}"]
-        assert script.err == []
-    assert min(pauses) < AT_ONCE
-    wait_until(lambda: broker.ready(queue) == 1)
+    workers = {}
+    for prefetch_count in ("1", "0", "5"):
+        name = f"{queue}-{prefetch_count}"
+        send(broker, name, "in hand....", "waiting")
+        first = worker("-q", name, "--prefetch-count", prefetch_count)
+        workers[prefetch_count] = first
+        first.wait_for("Received")
+        assert broker.ready(name) == (1 if prefetch_count == "1" else 0)
+        first.signal(signal.SIGTERM)
+    for prefetch_count, first in workers.items():
+        assert first.wait() == 0
+        assert first.out == [WAITING, " [x] Received 'in hand....'", " [x] Done"]
+        assert first.err == []
+        second = worker("-q", f"{queue}-{prefetch_count}")
+        second.wait_for("Done")
+        handed_over = "" if prefetch_count == "1" else " (redelivered)"
+        assert second.out == [WAITING, f" [x] Received 'waiting'{handed_over}", " [x] Done"]
+        assert stop(second, signal.SIGTERM)[0] == 0
+        assert broker.bodies(f"{queue}-{prefetch_count}") == []
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 0), ("SIGINT", 130)])
-def test_an_idle_worker_ends_at_once(worker, number, status):
-    pauses = []
-    for script in [worker() for _ in range(SOME)]:
-        end, seconds = stop(script, signal.Signals[number])
-        assert end == status
-        pauses.append(seconds)
-        assert script.out == [WAITING]
-        assert script.err == []
-    assert min(pauses) < AT_ONCE
-
-
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 0), ("SIGINT", 130)])
-def test_a_worker_that_waits_for_a_broker_ends_at_once(run, nowhere, number, status):
-    pauses = []
-    for script in [run(nowhere, "worker.py") for _ in range(SOME)]:
-        script.wait_for("trying again in 4 s")
-        end, seconds = stop(script, signal.Signals[number])
-        assert end == status
-        pauses.append(seconds)
-        assert script.out == []
-    assert min(pauses) < AT_ONCE
-
-
-def test_ctrl_c_in_a_terminal_ends_the_worker_under_the_dots_it_has_worked_off(broker, send, queue):
-    terminal = pexpect.spawn(
-        sys.executable,
-        [str(ROOT / "worker.py"), "-q", queue],
-        env={**os.environ, "AMQP_URL": broker.url},
-        timeout=PATIENCE,
-    )
-    with terminal:
-        terminal.expect_exact(f"{WAITING}\r\n")
-        send(broker, queue, "heavy..........")
-        terminal.expect_exact(" [x] Received 'heavy..........'\r\n..")
-        terminal.sendintr()
-        terminal.expect(pexpect.EOF)
-        assert terminal.before in (b"^C\r\n", b".^C\r\n")
-    assert terminal.exitstatus == 130
-    assert broker.bodies(queue) == [b"heavy.........."]
-
-
-def test_whenever_sigterm_comes_no_task_is_lost_or_done_twice(broker, worker, send, queue):
-    print(f"seed {SEED}")
-    moments = random.Random(SEED)
-    tasks, done = [], []
-    for stopped in range(STOPS):
-        more = [f"task {stopped}-{number}" for number in range(100)]
-        send(broker, queue, *more)  # each time, as a slow signal lets a worker do all of them
-        tasks += more
-        script = worker()
-        script.wait_for("Received", times=moments.randint(1, 50))
-        time.sleep(moments.uniform(0, 0.002))
-        assert stop(script, signal.SIGTERM)[0] == 0
-        assert script.err == []
-        assert script.out.count(" [x] Done") == len(script.tasks("Received"))
-        done += script.tasks("Received")
-    rest = [body.decode() for body in broker.bodies(queue)]
-    assert sorted(done + rest) == sorted(tasks)
+def test_a_worker_that_is_idle_or_waits_for_a_broker_ends_at_once(worker, run, number, status):
+    nowhere = f"amqp://127.0.0.1:{free_port()}"
+    without_a_broker = [run(nowhere, "worker.py") for _ in range(SOME)]
+    idle = [worker() for _ in range(SOME)]
+    for each in without_a_broker:
+        each.wait_for("retrying in 4 s")
+    for scripts, out in ((idle, [WAITING]), (without_a_broker, [])):
+        ends = [stop(each, signal.Signals[number]) for each in scripts]
+        assert [end for end, _ in ends] == [status] * SOME
+        assert min(seconds for _, seconds in ends) < AT_ONCE
+        assert all(each.out == out for each in scripts)
+    assert all(each.err == [] for each in idle)
 
 
 @pytest.mark.parametrize(
-    ("number", "word", "status"), [("SIGINT", "Interrupted", 130), ("SIGTERM", "Terminated", 143)]
+    ("first", "second", "status"),
+    [("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGTERM", 130), ("SIGTERM", "SIGTERM", 0)],
 )
-def test_a_producer_that_a_signal_ends_says_how_many_tasks_were_confirmed(
-    run, broker, queue, number, word, status
+def test_a_second_signal_ends_a_worker_at_once(broker, worker, send, queue, first, second, status):
+    first, second = signal.Signals[first], signal.Signals[second]
+
+    # Idle, both at the same time.
+    ends = [stop(worker(), first, second) for _ in range(SOME)]
+    assert {end for end, _ in ends} <= {0, status}  # 0 where it has ended before the second
+    assert min(seconds for _, seconds in ends) < AT_ONCE
+
+    # In the middle of a task, which a first one lets it finish, or whose command it waits for.
+    commands = [[], STUBBORN] * SOME
+    workers = [worker("-q", f"{queue}-{n}", *command) for n, command in enumerate(commands)]
+    with broker.channel() as channel:
+        for number in range(len(workers)):
+            channel.basic_publish("", f"{queue}-{number}", HEAVY.encode())
+    pids = []
+    for busy, command in zip(workers, commands):
+        busy.wait_for("Received")
+        pids.append(pids_of(busy) if command else [])
+    waiting = [busy for busy, each in zip(workers, pids) if each or first == signal.SIGTERM]
+    for busy in waiting:  # the others end at once anyway
+        busy.signal(first)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting[0].process.wait(0.5)
+    ends = []
+    for number, (busy, those) in enumerate(zip(workers, pids)):
+        ends.append(stop(busy, *([second] if busy in waiting else [first, second])))
+        assert_ended(those)  # by SIGKILL, with all that the command has started
+        assert busy.err == []
+        wait_until(lambda name=f"{queue}-{number}": broker.ready(name) == 1)
+    assert {end for end, _ in ends} == {status}
+    for kind in (ends[::2], ends[1::2]):
+        assert min(seconds for _, seconds in kind) < AT_ONCE
+
+
+def test_ctrl_c_in_a_terminal_ends_the_worker_below_the_dots_of_its_task(
+    broker, terminal, publish, queue
 ):
-    pauses = []
-    for _ in range(SOME):
-        producer = run(broker, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
-        producer.process.stdin.write(b"one\ntwo\n\nthree\n")
-        producer.process.stdin.flush()
-        producer.wait_for("Sent 'three'")
-        end, seconds = stop(producer, signal.Signals[number])
-        assert end == status
-        pauses.append(seconds)
-        assert producer.err == [f" [!] {word}; tasks confirmed: 3, send the rest from line 5 on"]
-        assert broker.bodies(queue) == [b"one", b"two", b"three"]
-    assert min(pauses) < AT_ONCE
+    publish(b"heavy..........")
+    shown = terminal("worker.py", "-q", queue)
+    shown.expect_exact(f"{WAITING}\r\n [x] Received 'heavy..........'\r\n..")
+    shown.sendintr()
+    assert shown.read() in ("^C\r\n", ".^C\r\n")
+    assert shown.wait() == 130
+    assert broker.bodies(queue) == [b"heavy.........."]
+
+
+# ---- At any moment ----
+
+BATCHES = 10  # of eight workers
+
+
+def test_whenever_signals_come_no_task_is_lost_and_no_command_is_left(broker, run, queue, tmp_path):
+    seed = random.randrange(1_000_000)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    record = tmp_path / "record"
+    short = ["sh", "-c", "sleep 0.01; cat >> $0", record]
+    endless = ["sleep", f"{10_000 + moments.random()}"]  # no other run's
+    term, interrupt = signal.SIGTERM, signal.SIGINT
+    any_one_or_two = [[interrupt], [interrupt, term], [term, interrupt], [term, term]]
+
+    # Eight workers at a time: the command of each, how it may be stopped, its exit status.
+    slots = [
+        ([], [[term]], {0}),
+        (short, [[term]], {0}),
+        (short, any_one_or_two, {0, 130}),
+        (endless, any_one_or_two[:3], {130}),
+    ] * 2
+    queues = [f"{queue}-{slot}" for slot in range(len(slots))]
+    sent, done = [[[] for _ in slots] for _ in range(2)]
+    problems = []
+    for batch in range(BATCHES):
+        with broker.channel() as channel:
+            for name, bodies in zip(queues, sent):
+                channel.queue_declare(name, durable=True)
+                for number in range(50):
+                    bodies.append(f"{name} {batch} {number}")
+                    channel.basic_publish("", name, f"{bodies[-1]}\n".encode())
+        workers = [
+            run(broker, "worker.py", "-q", name, *command)
+            for name, (command, *_) in zip(queues, slots)
+        ]
+        ways = []
+        for script, (command, possible, _) in zip(workers, slots):
+            # Wait for the task in hand, or for one of the next if there are so many.
+            begun = len(script.tasks("Received"))
+            last = 1 if command is endless else 50
+            script.wait_for("Received", times=min(begun + moments.randint(1, 5), last))
+            # A command takes about as long to start.
+            time.sleep(moments.uniform(0, 0.003))
+            ways.append(moments.choice(possible))
+            for number in ways[-1]:
+                script.signal(number)
+                time.sleep(moments.uniform(0, 0.003))
+        for script, way, received, (*_, statuses) in zip(workers, ways, done, slots):
+            status = script.wait()
+            received += [task.removesuffix("\\n") for task in script.tasks("Received")]
+            if status not in statuses or script.err:
+                problems.append((way, status, script.err))
+        for process in psutil.process_iter(["cmdline"]):
+            if process.info["cmdline"] == endless:
+                problems.append("a command is left")
+                process.kill()
+    assert problems == []
+
+    # Done, and not there any more, or the other way round; both only after CTRL+C.
+    recorded = record.read_text().splitlines()
+    for name, bodies, received, (command, ways, _) in zip(queues, sent, done, slots):
+        if command:
+            received = [line for line in recorded if line.split()[0] == name]
+        rest = []
+
+        def all_there(name=name, bodies=bodies, received=received, rest=rest):
+            rest += [body.decode().strip() for body in broker.bodies(name)]
+            return set(received + rest) == set(bodies)
+
+        wait_until(all_there)
+        if ways == [[term]]:
+            assert sorted(received + rest) == sorted(bodies)
