@@ -1,48 +1,40 @@
-"""`new_task.py -`: a task is called sent once the broker has it, and no other task is."""
+"""`new_task.py -`: what is called sent is the broker's, and the rest can be resumed from a line."""
 
-import contextlib
 import os
-import pty
 import re
-import select
 import signal
+import socket
+import struct
 import subprocess
-import sys
 
-import pexpect
+import port_for
 import pytest
-from conftest import ROOT
-from servers import PATIENCE, wait_until
+from conftest import refused
+from servers import free_port, wait_until
 
-# As input: task n is on line n, every tenth line is blank. The first part fits into a pipe.
+# As input: task n is on line n, and every tenth line is blank. The first part fits into a pipe.
 LINES = [b"" if number % 10 == 0 else b"%d" % number for number in range(1, 10_001)]
 TASKS = [line for line in LINES if line]
 BEFORE, AFTER = LINES[:9_000], LINES[9_000:]
 
 
 @pytest.fixture
-def producer(run, queue):
-    """Start `new_task.py -`, to be fed with write()."""
-
-    def start(broker, queue=queue, url=None, **options):
-        options = {"stdin": subprocess.PIPE, **options}
-        return run(broker, "new_task.py", "-q", queue, "-", url=url, **options)
-
-    return start
+def network(run, broker):
+    """Something between a producer and the broker, that can end: its URL, and its process."""
+    port = free_port()
+    process = run("", "tests/proxy.py", str(port), str(broker.port))
+    wait_until(lambda: port_for.port_is_used(port))
+    return f"amqp://127.0.0.1:{port}", process
 
 
 @pytest.fixture
-def alarm(fragile_broker):
-    """Switch the broker's disk alarm on or off; it is off at the end."""
+def producer(run, queue):
+    """Start `new_task.py -`, to be fed with write()."""
 
-    def switch(on):
-        limit = "1000000GB" if on else "1MB"
-        fragile_broker.rabbitctl_output("set_disk_free_limit", limit)
-        alarms = ["eval", "rabbit_alarm:get_alarms()."]
-        wait_until(lambda: ("disk" in fragile_broker.rabbitctl_output(*alarms)) == on)
+    def start(broker, queue=queue, stdin=subprocess.PIPE, **options):
+        return run(broker, "new_task.py", "-q", queue, "-", stdin=stdin, **options)
 
-    yield switch
-    switch(False)
+    return start
 
 
 def write(producer, *lines, end=False):
@@ -56,276 +48,261 @@ def sent(producer):
     return [task.encode() for task in producer.tasks("Sent")]
 
 
-def counted(said):
-    """How many tasks were confirmed, and the line from which to go on, by what was said."""
-    confirmed, line = re.search(r"confirmed: (\d+), .* line (\d+) on", said).groups()
-    return int(confirmed), int(line)
+def counted(producer):
+    """What a producer says at its end: how many are confirmed, and the line to resume from."""
+    words = r" \[!\] (\d+) tasks confirmed; resume from line (\d+)"
+    return map(int, re.fullmatch(words, producer.err[-1]).groups())
 
 
-def rest(producer, lines):
-    """The lines that a producer, on its last line of diagnostics, says to send again."""
-    confirmed, line = counted(producer.err[-1])
+def rest(producer, lines=LINES):
+    """The lines that a producer says to send again, which have to be right."""
+    confirmed, line = counted(producer)
+    done, left = lines[: line - 1], lines[line - 1 :]
     assert confirmed == len(producer.out)
-    return lines[line - 1 :]
+    assert {task for task in done if task} <= set(sent(producer))
+    assert next(task for task in left if task) not in sent(producer)
+    return left
 
 
-def take(broker, queue):
-    """Take every message out of a queue; return their bodies."""
-    with broker.channel() as channel:
+def take(broker, queue, url=None):
+    """Take every message out of a queue; return their bodies, without repetitions."""
+    with broker.channel(url) as channel:
         count = channel.queue_declare(queue, passive=True).method.message_count
         messages = channel.consume(queue, auto_ack=True)
-        return [body for _, (_, _, body) in zip(range(count), messages)]
+        return list(dict.fromkeys(body for _, (_, _, body) in zip(range(count), messages)))
 
 
-def without_repetitions(tasks):
-    return list(dict.fromkeys(tasks))
+def limited(broker, queue, **limits):
+    with broker.channel() as channel:
+        arguments = {"x-queue-type": "classic", "x-overflow": "reject-publish", **limits}
+        channel.queue_declare(queue, durable=True, arguments=arguments)
 
 
-def test_every_task_is_in_the_queue_and_printed_once_in_order(broker, queue, producer, tmp_path):
-    (tmp_path / "tasks").write_bytes(b"\n".join(LINES))
-    with open(tmp_path / "tasks", "rb") as lines:
-        ours = producer(broker, stdin=lines)
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_every_line_is_in_the_queue_in_order_and_printed_once(
+    broker, vhosts, queue, producer, queue_type
+):
+    url = vhosts[queue_type]
+    ours = producer(url)
+    write(ours, *LINES, end=True)
     assert ours.wait() == 0, ours.err
-    assert take(broker, queue) == TASKS
-    assert sent(ours) == TASKS
-    assert len(ours.out) == len(TASKS)
+    assert broker.ready(queue, url) == len(ours.out) == len(TASKS)
+    assert take(broker, queue, url) == TASKS
+    assert set(sent(ours)) == set(TASKS)
     assert ours.err == []
 
 
-def test_a_line_is_sent_before_the_next_one_is_written(broker, queue, producer):
-    ours = producer(broker)
-    write(ours, b"one")
+def test_a_line_is_sent_before_the_next_one_is_written_and_never_in_pieces(broker, queue, producer):
+    # Given input that does not block, as some programs leave a pipe.
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    ours = producer(broker, stdin=reading)
+    os.close(reading)
+    # When a line comes with half of the next one, then that one's end, and a line without an end.
+    os.write(writing, b"one\ntw")
     ours.wait_for("Sent 'one'")
-    write(ours, b"two", end=True)
+    os.write(writing, b"o\n")
+    ours.wait_for("Sent 'two'")
+    os.write(writing, b"three")
+    os.close(writing)
+    # Then each is a task.
     assert ours.wait() == 0, ours.err
-    assert sent(ours) == broker.bodies(queue) == [b"one", b"two"]
+    assert ours.tasks("Sent") == ["one", "two", "three"]
+    assert broker.bodies(queue) == [b"one", b"two", b"three"]
 
 
-def test_blank_lines_are_no_tasks_and_a_last_line_needs_no_end(broker, queue, producer):
+def test_blank_lines_are_no_tasks_and_no_task_is_no_error(broker, queue, producer):
     ours = producer(broker)
-    ours.process.stdin.write(b"\n  \none\n\r\n\t\ntwo")
-    ours.process.stdin.close()
-    assert ours.wait() == 0, ours.err
-    assert sent(ours) == broker.bodies(queue) == [b"one", b"two"]
-
-
-def test_a_terminal_that_does_not_show_the_tasks_shows_their_number(broker, queue, tmp_path):
-    (tmp_path / "tasks").write_bytes(b"\n".join(LINES))
-    script = f"{sys.executable} {ROOT / 'new_task.py'} -q {queue}"
-    command = f"{script} - < {tmp_path / 'tasks'} > {tmp_path / 'sent.log'}"
-    environment = {**os.environ, "AMQP_URL": broker.url}
-    shown, status = pexpect.run(
-        f"sh -c '{command}'", env=environment, timeout=PATIENCE, withexitstatus=True
-    )
-    assert status == 0
-    *_, last = shown.decode().split("\r [x] Sent ")
-    assert last == f"{len(TASKS)}\r\n"
-    assert len((tmp_path / "sent.log").read_text().splitlines()) == len(TASKS)
-
-
-def test_no_input_sends_nothing(broker, queue, producer):
-    ours = producer(broker, stdin=subprocess.DEVNULL)
-    assert ours.wait() == 0, ours.err
+    write(ours, b"", b"  \r", b"\t", end=True)
+    assert ours.wait() == 0
     assert ours.out + ours.err == broker.bodies(queue) == []
 
 
-def test_a_reader_of_its_output_that_goes_away_ends_it_with_the_count(
-    broker, queue, producer, tmp_path
-):
-    (tmp_path / "tasks").write_bytes(b"\n".join(LINES))
-    head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with open(tmp_path / "tasks", "rb") as lines, head:
-        ours = producer(broker, stdin=lines, stdout=head.stdin)
-        head.stdin.close()
-        assert head.stdout.read() == b" [x] Sent '1'\n"
-    assert ours.wait() == 1
-    (line,) = ours.err
-    count, next_line = counted(line)
-    assert "standard output" in line
-    assert take(broker, queue)[:count] == [line for line in LINES[: next_line - 1] if line]
+def test_tasks_that_a_full_queue_refuses_are_not_counted(broker, queue, producer):
+    limited(broker, queue, **{"x-max-length": 5_000})
+    ours = producer(broker)
+    write(ours, *LINES, end=True)
+    refused(ours, "full")
+    assert sent(ours) == take(broker, queue) == TASKS[:5_000]
 
-
-def test_a_full_disk_under_its_output_ends_it_with_the_count(broker, queue, producer):
-    with open("/dev/full", "wb") as full:
-        ours = producer(broker, stdout=full)
-    write(ours, b"one")
-    assert ours.wait() == 1
-    (line,) = ours.err
-    assert "No space left" in line
-    assert counted(line) == (1, 2)
-    assert broker.bodies(queue) == [b"one"]
-
-
-@pytest.fixture(params=["pipe", "terminal"])
-def pausing_reader(request):
-    """The two ends of an output whose reader pauses at first, and what makes it go on."""
-    if request.param == "pipe":
-        reading, output = os.pipe()
-    else:
-        reading, output = pty.openpty()
-        os.write(reading, b"\x13")  # CTRL+S
-        wait_until(lambda: not select.select([], [output], [], 0)[1])
-
-    def read():
-        if request.param == "terminal":
-            os.write(reading, b"\x11")  # CTRL+Q
-        printed = b""
-        with contextlib.suppress(OSError):  # the end of a terminal
-            while more := os.read(reading, 65536):
-                printed += more
-        return printed
-
-    yield output, read
-    os.close(reading)
-
-
-def test_a_reader_of_its_output_that_pauses_for_ten_heartbeats_costs_nothing(
-    broker, queue, producer, pausing_reader, tmp_path
-):
-    (tmp_path / "tasks").write_bytes(b"\n".join(LINES))
-    output, read = pausing_reader
-    url = broker.url_of(query="?heartbeat=1")
-    with open(tmp_path / "tasks", "rb") as lines:
-        ours = producer(broker, url=url, stdin=lines, stdout=output)
-    os.close(output)
-    with pytest.raises(subprocess.TimeoutExpired):  # for nobody reads
-        ours.process.wait(10)
-    words = [[b"[x]", b"Sent", b"'%s'" % task] for task in TASKS]
-    assert read().split() == [word for line in words for word in line]
-    assert ours.wait() == 0
-    assert ours.err == []
-    assert take(broker, queue) == TASKS
-
-
-def test_a_connection_lost_between_two_lines_is_made_anew(fragile_broker, queue, producer):
-    ours = producer(fragile_broker)
-    write(ours, b"one")
-    ours.wait_for("Sent 'one'")
-    fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
-    ours.wait_for("Connection lost")
-    write(ours, b"two", end=True)
-    assert ours.wait() == 0, ours.err
-    assert sent(ours) == fragile_broker.bodies(queue) == [b"one", b"two"]
-
-
-def test_nothing_is_called_sent_while_the_broker_is_short_of_disk(
-    fragile_broker, queue, producer, alarm
-):
-    ours = producer(
-        fragile_broker, url=fragile_broker.url_of(query="?blocked_connection_timeout=60")
-    )
-    write(ours, b"one")
-    ours.wait_for("Sent 'one'")
-    alarm(True)
-    write(ours, b"two", end=True)
-    states = ["list_connections", "state"]
-    wait_until(lambda: "blocked" in fragile_broker.rabbitctl_output(*states))  # by a task
-    assert sent(ours) == [b"one"]
-    alarm(False)
-    assert ours.wait() == 0, ours.err
-    assert sent(ours) == fragile_broker.bodies(queue) == [b"one", b"two"]
-
-
-def test_a_broker_that_stays_short_of_disk_is_given_up(fragile_broker, queue, producer, alarm):
-    lines = [b"one", b"", b"two", b"three"]
-    ours = producer(
-        fragile_broker, url=fragile_broker.url_of(query="?blocked_connection_timeout=1")
-    )
-    write(ours, *lines[:2])
-    ours.wait_for("Sent 'one'")
-    alarm(True)
-    write(ours, *lines[2:])
-    assert ours.wait() == 1
-    assert sent(ours) == [b"one"]
-    assert "disk" in ours.err[0]
-    alarm(False)
-    again = producer(fragile_broker)
-    write(again, *rest(ours, lines), end=True)
+    # What comes from that line on is all that is missing.
+    again = producer(broker)
+    write(again, *rest(ours), end=True)
     assert again.wait() == 0, again.err
-    assert without_repetitions(fragile_broker.bodies(queue)) == [b"one", b"two", b"three"]
+    assert take(broker, queue) == TASKS[5_000:]
 
 
-def test_a_full_queue_is_given_up_and_the_rest_can_be_sent_when_there_is_room(
-    broker, queue, producer
-):
+def test_a_task_refused_before_others_were_confirmed_is_resumed_from(broker, queue, producer):
+    limited(broker, queue, **{"x-max-length": 100})
     with broker.channel() as channel:
-        limit = {"x-max-length": 4_000, "x-overflow": "reject-publish"}
-        channel.queue_declare(queue, durable=True, arguments=limit)
-    lines, taken = LINES, []
-    while lines:
+        taken = []
         ours = producer(broker)
-        write(ours, *lines, end=True)
-        status = ours.wait()
-        taken += take(broker, queue)
-        assert taken[-len(ours.out) :] == sent(ours)
-        if status:
-            assert status == 1
-            assert "full" in ours.err[0]
-        lines = rest(ours, lines) if status else []
-    assert taken == TASKS
+        write(ours, *BEFORE)
+        channel.basic_qos(prefetch_count=1)  # slower than the producer
+        for method, _, body in channel.consume(queue, inactivity_timeout=0.1):
+            if body:
+                taken.append(body)
+                channel.basic_ack(method.delivery_tag)
+            elif ours.process.poll() is not None:
+                break
+    refused(ours, "full")
+    rest(ours)
+    assert sorted(taken) == sorted(sent(ours))
 
 
-def test_a_queue_deleted_in_mid_stream_is_reported(broker, queue, producer):
-    lines = [b"one", b"", b"two"]
+def test_a_queue_deleted_meanwhile_is_told_and_the_rest_can_be_sent(broker, queue, producer):
+    lines = [b"one", b"", b"two", b"three"]
     ours = producer(broker)
     write(ours, b"one", b"")
     ours.wait_for("Sent 'one'")
     with broker.channel() as channel:
         channel.queue_delete(queue)
-    write(ours, b"two")
-    assert ours.wait() == 1
-    assert sent(ours) == [b"one"]
-    assert "no queue" in ours.err[0]
+    write(ours, b"two", b"three")
+    refused(ours, "deleted")
     again = producer(broker)
     write(again, *rest(ours, lines), end=True)
     assert again.wait() == 0, again.err
-    assert broker.bodies(queue) == [b"two"]
+    assert broker.bodies(queue) == [b"two", b"three"]
 
 
-@pytest.fixture
-def streaming(fragile_broker, queue, producer):
-    """Producers that have sent some lines and wait for more, by their queues: of either type."""
-    started = {}
-    for queue_type in ("classic", "quorum"):
-        name = f"{queue}-{queue_type}"
-        with fragile_broker.channel() as channel:
-            channel.queue_declare(name, durable=True, arguments={"x-queue-type": queue_type})
-        started[name] = producer(fragile_broker, name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_the_count(broker, queue, producer, number):
+    # Given one that waits for its input, and one in mid-stream.
+    waiting, streaming = producer(broker), producer(broker, f"{queue}-stream")
+    write(waiting, b"one", b"")
+    waiting.wait_for("Sent 'one'")
+    write(streaming, *BEFORE)
+    wait_until(lambda: len(streaming.out) > 500)
+    for ours in (waiting, streaming):
+        ours.signal(number)
+    assert waiting.wait() == streaming.wait() == 128 + number
+    assert rest(waiting, [b"one", b"", b"two"])
+    confirmed, line = counted(streaming)
+    done = [task for task in LINES[: line - 1] if task]
+    assert take(broker, f"{queue}-stream")[: len(done)] == done
+    # The signal may come between a task's confirmation, its count, and its line.
+    assert confirmed - len(streaming.out) in (0, 1)
+    assert len(done) - len(streaming.out) in (0, 1)
+
+
+def test_input_that_cannot_be_read_any_more_ends_it_with_the_count(broker, queue, producer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reading = socket.create_connection(server.getsockname())
+        writing, _ = server.accept()
+    with reading:
+        ours = producer(broker, stdin=reading)
+    writing.sendall(b"one\n\ntwo\nhalf a line")
+    ours.wait_for("Sent 'two'")
+    writing.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writing.close()  # by a reset, which is a read error
+    refused(ours, "Can't read standard input", "reset")
+    assert rest(ours, [b"one", b"", b"two", b"half a line"]) == [b"half a line"]
+    assert broker.bodies(queue) == [b"one", b"two"]
+
+
+def test_input_that_cannot_be_read_at_all_is_told(broker, producer, tmp_path):
+    with open(tmp_path / "only to write to", "wb") as unreadable:
+        ours = producer(broker, stdin=unreadable)
+    refused(ours, "Can't read standard input", "0 tasks confirmed; resume from line 1")
+
+
+def test_nothing_is_called_sent_in_an_alarm_which_is_given_up_in_the_end(
+    fragile_broker, queue, producer, run, alarm
+):
+    # Given a producer that waits long enough, one that waits as long as it does by itself, and
+    # one that is started in the alarm.
+    url = fragile_broker.url_of(query="?blocked_connection_timeout=120")
+    patient, other = producer(url), producer(fragile_broker)
+    for ours in (patient, other):
+        write(ours, b"one", b"")
+        ours.wait_for("Sent 'one'")
+    fragile_broker.rabbitctl_output("set_vm_memory_high_watermark", "0.0000001")
+    try:
+        late = run(fragile_broker, "new_task.py", "-q", queue, "late")
+        for ours in (patient, other):
+            write(ours, b"two", end=True)
+        alarm(True)  # a broker that lacks disk space, too
+    finally:
+        fragile_broker.rabbitctl_output("set_vm_memory_high_watermark", "0.4")
+    # When the alarm lasts, then two give up.
+    for ours in (other, late):
+        refused(ours, "memory or disk")
+    assert rest(other, [b"one", b"", b"two"]) == [b"two"]
+    assert late.err[-1] == " [!] 0 tasks confirmed"
+    assert late.out == []
+    # When it is over, then the third one goes on.
+    assert sent(patient) == [b"one"]
+    alarm(False)
+    assert patient.wait() == 0, patient.err
+    assert sent(patient) == [b"one", b"two"]
+    assert patient.err == []
+    assert set(fragile_broker.bodies(queue)) >= {b"one", b"two"}
+
+
+def test_a_connection_lost_after_the_last_confirmation_is_no_error(producer, network):
+    url, process = network
+    ours = producer(url)
+    write(ours, b"one")
+    ours.wait_for("Sent 'one'")
+    process.end()
+    ours.process.stdin.close()
+    assert ours.wait() == 0, ours.err
+    assert ours.err == []
+
+
+def test_a_killed_broker_costs_no_task(fragile_broker, queue, producer, network):
+    names = ["classic", "quorum", "interrupted", "terminated", "idle"]
+    with fragile_broker.channel() as channel:
+        for name in names:
+            arguments = {"x-queue-type": "quorum" if name == "quorum" else "classic"}
+            channel.queue_declare(f"{queue}-{name}", durable=True, arguments=arguments)
     # RabbitMQ notes on disk with a delay of seconds that there is a new quorum queue. Killed
     # before, it starts that queue empty and for ever without a leader, whoever published.
     fragile_broker.rabbitctl_output("eval", "[dets:sync(Table) || Table <- dets:all()].")
+
+    # Given a producer whose broker is gone for good, and others in mid-stream, ...
+    url, process = network
+    gone = producer(url)
+    write(gone, *BEFORE)
+    wait_until(lambda: len(gone.out) > 500)
+    process.end()
+    write(gone, *AFTER)
+    gone.wait_for("Connection lost")
+    started = {name: producer(fragile_broker, f"{queue}-{name}") for name in names}
+    *streams, idle = started.values()
+    write(idle, b"one")
+    idle.wait_for("Sent 'one'")
     fragile_broker.settle()
-    for ours in started.values():
+    for ours in streams:
         write(ours, *BEFORE)
-    wait_until(lambda: all(len(ours.out) > 1000 for ours in started.values()))
-    return started
-
-
-def test_a_stream_goes_on_by_itself_when_a_killed_broker_is_back(fragile_broker, streaming):
+    wait_until(lambda: all(len(ours.out) > 500 for ours in streams))
+    # ... when the broker is killed, ...
     fragile_broker.kill()
-    for ours in streaming.values():
-        ours.wait_for("Connection lost")
+    for ours in streams:
         write(ours, *AFTER, end=True)
-    fragile_broker.start()
-    for queue, ours in streaming.items():
-        assert ours.wait() == 0, ours.err
-        assert sent(ours) == TASKS
-        assert without_repetitions(take(fragile_broker, queue)) == TASKS
-
-
-def test_a_stream_that_a_killed_broker_ended_can_be_sent_from_where_it_was(
-    fragile_broker, producer, streaming
-):
-    fragile_broker.kill()
-    for ours in streaming.values():
         ours.wait_for("Connection lost")
-        ours.signal(signal.SIGINT)
-        assert ours.wait() == 130
+    for name, number in (("interrupted", signal.SIGINT), ("terminated", signal.SIGTERM)):
+        started[name].signal(number)
+        assert started[name].wait() == 128 + number
     fragile_broker.start()
-    for queue, ours in streaming.items():
-        again = producer(fragile_broker, queue)
-        write(again, *rest(ours, LINES), end=True)
+
+    # ... then those that were told to end can be resumed,
+    for name in ("interrupted", "terminated"):
+        again = producer(fragile_broker, f"{queue}-{name}")
+        write(again, *rest(started[name]), end=True)
         assert again.wait() == 0, again.err
-        taken = take(fragile_broker, queue)
-        assert taken[: len(ours.out)] == sent(ours)
-        assert without_repetitions(taken) == TASKS
+    # the others go on by themselves,
+    for name in ("classic", "quorum"):
+        assert started[name].wait() == 0, started[name].err
+        assert sorted(sent(started[name])) == sorted(TASKS)
+    for name in names[:4]:
+        assert take(fragile_broker, f"{queue}-{name}") == TASKS
+    # one that had nothing to do does not even mention it,
+    write(idle, b"two", end=True)
+    assert idle.wait() == 0, idle.err
+    assert idle.err == []
+    assert fragile_broker.bodies(f"{queue}-idle") == [b"one", b"two"]
+    # and one that finds no broker for half a minute gives up.
+    refused(gone, "Connection lost", "Connection refused")
+    rest(gone)
+    assert gone.wait_for("tasks confirmed") - gone.wait_for("Connection lost") > 29

@@ -1,265 +1,312 @@
-"""Both scripts: never a traceback, never a hang; one line says what happened."""
+"""Both scripts: wrong usage, and what can't work, is told in words that help; never a password."""
 
-import os
+import json
+import shutil
 import socket
-import subprocess
 import sys
 import threading
-import time
 
 import pytest
-from conftest import ROOT
+from conftest import EXEC, ROOT, Script, refused
 from servers import free_port, wait_until
 
-BOUND = 30  # seconds in which a script that can't work has ended
+SCRIPTS = ["new_task.py", "worker.py"]
+both_scripts = pytest.mark.parametrize("script", SCRIPTS)
+TO_START = ("docker compose up -d --wait", "sudo systemctl start rabbitmq-server")
 
-# Who may not do what: configure, write and read permission, as rabbitmqctl takes them.
-USERS = {"reader": ("^$", "^$", ".*"), "writer": ("^$", ".*", "^$")}
+WRONG_USAGE = [  # arguments, and what is said about them
+    ("new_task.py", "--unknown"),
+    ("new_task.py", "-u"),
+    ("new_task.py", "-u", "http://localhost"),
+    *((script, "--queue", name) for script in SCRIPTS for name in ("", "two\nlines", b"\xff")),
+    ("new_task.py", "--queue", "x" * 256),
+    ("worker.py", "--queue", "x" * 250),  # .retry would not fit
+    ("worker.py", "--unknown"),
+    *(("worker.py", "--prefetch-count", value) for value in ("-1", "65536", "many")),
+    *(("worker.py", "--retries", value) for value in ("-1", "1.5")),
+    *(("worker.py", "--retry-delay", value) for value in ("-1", "4294968", "nan")),
+    *(("worker.py", "--time-limit", value) for value in ("0", "soon", "nan")),
+]
 
-
-@pytest.fixture(scope="module")
-def users(broker):
-    for user, permissions in USERS.items():
-        broker.rabbitctl_output("add_user", user, "secret")
-        broker.rabbitctl_output("set_permissions", user, *permissions)
+SECRETS = ("s3cr3t", "987654", "t0ken")  # no piece of any password may be printed
+URLS = [
+    "amqp://guest:s3cr3t@127.0.0.1:1",  # nothing listening
+    "amqp://guest:s3cr3t@127.0.0.1:{port}",  # wrong
+    "amqp://guest:s3cr3t@127.0.0.1:{port}/t",  # unknown virtual host
+    "amqp://guest:s3cr3t/t0ken@127.0.0.1:{port}",  # special characters in it
+    "amqp://guest:987654/t0ken@127.0.0.1",
+    "amqp://guest:s3cr3t?t0ken@127.0.0.1",
+    "amqp://guest:987654?heartbeat=t0ken@127.0.0.1",
+    "amqp://guest:987654#t0ken@127.0.0.1",
+    "amqp://guest:987654@s3cr3t@127.0.0.1:1",
+    "amqp://guest:987654@s3cr3t/t0ken@127.0.0.1",
+    "amqp://guest:s3cr3t:t0ken@127.0.0.1:1",
+    "amqp://guest:s3cr3t,t0ken@127.0.0.1:1",
+    "amqp://guest:s3cr3t%zzt0ken@127.0.0.1:1",
+    "amqp://guest:s3cr3t@127.0.0.1:port",  # a wrong port
+    "amqp://guest:s3cr3t@127.0.0.1:99999",
+    "amqp://guest:s3cr3t@127.0.0.1?heartbeat=t0ken",  # wrong settings
+    "amqp://guest:s3cr3t@127.0.0.1?t0ken=1",
+    "amqp://guest:s3cr3t@[::1",  # wrong hosts
+    "amqp://guest:s3cr3t@a..b:1",
+    "https://guest:s3cr3t@127.0.0.1",  # wrong schemes
+    "guest:s3cr3t@127.0.0.1",
+    "s3cr3t",
+    "amqp://s3cr3t@127.0.0.1",
+    "amqp://guest:s3cr3t@127.0.0.1:1,amqp://guest:t0ken@h:x",  # a good one and a wrong one
+    "amqps://guest:s3cr3t@127.0.0.1?ssl_options={{'certfile':'/n','password':'t0ken'}}",
+]
 
 
 @pytest.fixture(scope="module")
 def answering():
     """The ports of a server that talks HTTP, and of one that says nothing."""
-
-    def talk(server, answer):
-        silent = []
-        while True:
-            client, _ = server.accept()
-            silent.append(client)
-            if answer:
-                client.recv(100)
-                client.sendall(answer)
-                client.close()
-
     ports = []
     for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b""):
+
+        def talk(server, answer):
+            silent = []
+            while True:
+                client, _ = server.accept()
+                silent.append(client)
+                if answer:
+                    client.recv(100)
+                    client.sendall(answer)
+                    client.close()
+
         server = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=talk, args=(server, answer), daemon=True).start()
         ports.append(server.getsockname()[1])
     return ports
 
 
-def refused(script, *words):
-    """Check that a script ends with exit status 1 and one line that holds the words."""
-    assert script.wait(BOUND) == 1, script.out
-    (line,) = script.err
-    assert line.startswith(" [!] ")
-    for word in words:
-        assert word in line
-    return line
+@pytest.fixture(scope="module")
+def users(broker, tmp_path_factory):
+    """URLs of users who may only read or write, and of two who may have a single connection."""
+    rights = {  # virtual host, and permission to configure, write and read
+        "reader": ("/", "^$", "^$", ".*"),
+        "writer": ("/", "^$", ".*", "^$"),
+        "limited": ("/", ".*", ".*", ".*"),
+        "crowded": ("narrow", ".*", ".*", ".*"),
+    }
+    limits = {"max-connections": 1}
+    definitions = {
+        "vhosts": [{"name": "narrow"}],
+        "users": [{"name": name, "password": "secret", "tags": []} for name in rights],
+        "permissions": [
+            {"user": name, **dict(zip(("vhost", "configure", "write", "read"), values))}
+            for name, values in rights.items()
+        ],
+        "parameters": [
+            {"component": "vhost-limits", "vhost": "narrow", "name": "limits", "value": limits}
+        ],
+    }
+    definitions["users"][2]["limits"] = limits
+    file = tmp_path_factory.mktemp("definitions") / "json"
+    file.write_text(json.dumps(definitions))
+    broker.rabbitctl_output("import_definitions", str(file))
+    return {
+        name: broker.url_of(login=f"{name}:secret", vhost=vhost.replace("/", "%2F"))
+        for name, (vhost, *_) in rights.items()
+    }
+
+
+# ---- Wrong usage ----
+
+
+def test_wrong_usage_is_told_with_the_usage_line_and_status_2(run, broker):
+    for arguments, ended in [(each, run(broker, *each)) for each in WRONG_USAGE]:
+        assert ended.wait() == 2, arguments
+        assert ended.err[0].startswith(f"usage: {arguments[0]} ")
+        assert f"{arguments[0]}: error: " in ended.err[-1]
+        assert arguments[1].strip("-") in ended.err[-1], arguments
+        assert ended.out == []
+
+
+def test_a_closed_standard_input_is_wrong_usage(run, broker, queue):
+    script = f"exec {sys.executable} {ROOT / 'new_task.py'} -q {queue} - <&-"
+    ended = run(broker, *EXEC, "sh", "-c", script)
+    assert ended.wait() == 2
+    assert "standard input" in ended.err[-1]
+
+
+def test_the_bounds_of_values_are_accepted(run, broker, worker):
+    worker("--prefetch-count", "0", "--retries", "0", "--retry-delay", "0")
+    worker("--prefetch-count", "65535", "--retry-delay", "4294967", "--time-limit", "0.1")
+    run(broker, "worker.py", "-q", "x" * 249).wait_for("Waiting")
+    assert run(broker, "new_task.py", "-q", "x" * 255).wait() == 0
+
+
+@both_scripts
+def test_help_shows_examples_options_and_defaults_but_no_url(run, script):
+    helped = run("amqp://guest:s3cr3t@127.0.0.1", script, "-h")
+    assert helped.wait() == 0
+    text = " ".join(" ".join(helped.out).split())
+    assert text.count(f" {script} ") >= 3
+    assert "--url" in text
+    assert "AMQP_URL" in text
+    assert "s3cr3t" not in text
+    assert "default: task_queue" in text
+    if script == "worker.py":
+        for option in ("--prefetch-count", "--retries", "--retry-delay", "--time-limit"):
+            assert option in text
+
+
+def test_the_defaults_are_three_retries_after_30_seconds_each(broker, queue, worker, publish):
+    publish(b"task")
+    failing = worker("false")
+    for tries in (1, 2, 3):
+        failing.wait_for("retrying in 30 s", times=tries)
+        wait_until(lambda: broker.ready(f"{queue}.retry") == 1)
+        with broker.channel() as channel:
+            _, properties, body = channel.basic_get(f"{queue}.retry", auto_ack=True)
+            assert properties.headers["x-retry-count"] == tries
+            assert properties.expiration == "30000"
+            # So that the test need not wait for it.
+            properties.expiration = None
+            channel.basic_publish("", queue, body, properties)
+    failing.wait_for(f"moved to {queue}.dlq")
+
+
+def test_the_option_goes_before_the_environment_and_several_urls_are_tried_in_order(
+    run, broker, queue
+):
+    nowhere = f"amqp://127.0.0.1:{free_port()}"
+    assert run(nowhere, "new_task.py", "-u", broker.url, "-q", queue).wait() == 0
+    run(f"{nowhere},{broker.url}", "worker.py", "-q", queue).wait_for("Done")
+
+
+@both_scripts
+def test_a_script_works_alone_in_another_folder(broker, queue, tmp_path, script):
+    shutil.copy(ROOT / script, tmp_path)
+    alone = Script([tmp_path / script, "-q", queue], broker.url)
+    try:
+        alone.wait_for("Sent" if script == "new_task.py" else "Waiting")
+    finally:
+        alone.end()
+
+
+# ---- Passwords ----
+
+
+def no_secret_in(scripts):
+    for script in scripts:
+        wait_until(lambda script=script: script.err)
+        if "retrying" not in script.err[0]:
+            assert script.wait() in (1, 2)
+        printed = "\n".join(script.out + script.err)
+        assert not any(secret in printed for secret in SECRETS), printed
+
+
+def test_no_password_is_printed_for_any_failing_url(run, broker):
+    urls = [url.format(port=broker.port) for url in URLS]
+    started = [run(url, SCRIPTS[number % 2]) for number, url in enumerate(urls)]
+    # The same for the other script, by the option.
+    started += [run("", SCRIPTS[number % 2 - 1], "-u", url) for number, url in enumerate(urls)]
+    no_secret_in(started)
+
+
+@both_scripts
+def test_no_password_is_printed_for_a_mistyped_option(run, script):
+    mistyped = ["--ulr={}", "--ulr {}", "-U{}", "-U {}", "--help={}", "-h{}"]
+    if script == "worker.py":
+        mistyped += ["-p{}", "--retries {}", "--time-limit={}", "--re={}"]
+    no_secret_in([run("", script, *each.format(URLS[0]).split()) for each in mistyped])
+
+
+# ---- The broker ----
 
 
 def unreachable(broker, answering):
     http, silent = answering
+    nowhere = f"127.0.0.1:{free_port()}"
     return {
-        "nothing listening": (f"amqp://127.0.0.1:{free_port()}", "refused"),
-        "host not found": ("amqp://host.invalid", "host.invalid"),
-        "not an AMQP port": (f"amqp://127.0.0.1:{http}", "AMQP port"),
-        "a silent peer": (f"amqp://127.0.0.1:{silent}?stack_timeout=1", "Timeout"),
-        "no TLS port": (f"amqps://127.0.0.1:{broker.port}", "SSL"),
+        f"amqp://{nowhere}": ["Connection refused", *TO_START],
+        "amqp://host.invalid": [],
+        f"amqp://127.0.0.1:{http}": ["AMQP port", "amqps://"],
+        f"amqp://127.0.0.1:{silent}?stack_timeout=1": ["Timeout"],
+        f"amqps://127.0.0.1:{broker.port}": ["SSL", "amqp://"],
     }
 
 
 def hopeless(broker):
     return {
-        "wrong password": (broker.url_of(login="guest:wrong"), "password in the URL"),
-        "unknown user": (broker.url_of(login="nobody:wrong"), "password in the URL"),
-        "unknown virtual host": (broker.url_of(vhost="nowhere"), "virtual host in the URL"),
-        "empty virtual host": (broker.url_of(vhost="/"), "virtual host in the URL"),
-        "no access to the virtual host": (broker.url_of(login="guest:guest", vhost="no"), "vhost"),
+        broker.url_of(login="guest:wrong"): ["password in the URL"],
+        broker.url_of(login="nobody:wrong"): ["password in the URL"],
+        broker.url_of(vhost="nowhere"): ["virtual host in the URL"],
+        broker.url_of(vhost="/"): ["virtual host in the URL"],  # that is, an empty one
     }
 
 
-def test_the_producer_ends_at_once_if_the_broker_cannot_be_reached(run, broker, answering):
+def test_a_producer_that_can_not_connect_ends_at_once(run, broker, answering):
     cases = {**unreachable(broker, answering), **hopeless(broker)}
-    producers = {name: run(url, "new_task.py", "-") for name, (url, _) in cases.items()}
-    for name, producer in producers.items():
-        refused(producer, cases[name][1], "tasks confirmed: 0")
+    for url, producer in {url: run(url, "new_task.py", "-") for url in cases}.items():
+        refused(producer, *cases[url], "0 tasks confirmed; resume from line 1")
+        assert len(producer.err) == 2
         assert producer.out == []
 
 
-def test_the_worker_ends_at_once_if_it_will_never_be_let_in(run, broker):
+def test_a_worker_that_will_never_be_let_in_ends_at_once(run, broker):
     cases = hopeless(broker)
-    workers = {name: run(url, "worker.py") for name, (url, _) in cases.items()}
-    for name, worker in workers.items():
-        refused(worker, cases[name][1])
+    for url, worker in {url: run(url, "worker.py") for url in cases}.items():
+        refused(worker, *cases[url])
+        assert len(worker.err) == 1
 
 
-def test_the_worker_goes_on_trying_if_the_broker_cannot_be_reached(run, broker, answering):
+def test_a_worker_waits_for_a_broker_longer_and_longer(run, broker, answering):
     cases = unreachable(broker, answering)
-    workers = {name: run(url, "worker.py") for name, (url, _) in cases.items()}
-    for name, worker in workers.items():
-        worker.wait_for("trying again in 1 s", timeout=BOUND)
-        worker.wait_for("trying again in 2 s", timeout=BOUND)
-        if name != "host not found":  # whose host is in the URL only
-            assert cases[name][1] in worker.err[0]
+    for url, worker in {url: run(url, "worker.py") for url in cases}.items():
+        for pause in (1, 2, 4):
+            worker.wait_for(f"retrying in {pause} s")
+        assert all(word in worker.err[0] for word in cases[url]), worker.err
         assert worker.process.poll() is None
 
 
-@pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
-@pytest.mark.parametrize("name", ["", "x" * 256, "two\nlines", b"\xff"])
-def test_a_queue_name_that_no_queue_can_have_is_a_usage_error(run, broker, script, name):
-    ended = run(broker, script, "--queue", name)
-    assert ended.wait(BOUND) == 2
-    (line,) = ended.err
-    assert "--queue" in line
+@pytest.mark.parametrize("user", ["limited", "crowded"])
+def test_a_limit_on_connections_is_waited_for_by_a_worker(run, broker, users, queue, user):
+    with broker.channel(users[user]):
+        producer, worker = run(users[user], "new_task.py"), run(users[user], "worker.py")
+        refused(producer, "connection limit (1) is reached")
+        worker.wait_for("connection limit (1) is reached")
+        assert not any("in the URL" in line for line in producer.err + worker.err)  # it is right
+    worker.wait_for("Waiting")
 
 
-@pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
-def test_a_queue_name_that_the_broker_refuses_is_reported(run, broker, script):
-    refused(run(broker, script, "--queue", "amq.reserved"), "reserved prefix")
+# ---- The queue ----
 
 
-@pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
-def test_a_queue_that_is_not_durable_is_refused(run, broker, queue, script):
+@both_scripts
+def test_a_queue_that_can_not_be_used_is_refused(run, broker, queue, script):
     with broker.channel() as channel:
         channel.queue_declare(queue)
         channel.basic_publish("", queue, b"kept")
     refused(run(broker, script, "-q", queue), "'durable'", "--queue")
     assert broker.bodies(queue) == [b"kept"]
+    refused(run(broker, script, "-q", "amq.reserved"), "reserved prefix")
 
 
-def test_a_queue_of_another_connection_alone_is_refused(run, broker, queue):
+def test_a_queue_that_another_connection_has_for_itself_is_waited_for_by_a_worker(
+    run, broker, queue
+):
     with broker.channel() as channel:
         channel.queue_declare(queue, durable=True, exclusive=True)
-        said = refused(run(broker, "new_task.py", "-q", queue), "RESOURCE_LOCKED")
-        assert ";" not in said.partition("; tasks confirmed")[0]  # a hint would mislead
-        worker = run(broker, "worker.py", "-q", queue)
-        worker.wait_for("RESOURCE_LOCKED")
-    worker.wait_for("Waiting")  # as soon as the other one is gone
+        channel.queue_declare(f"{queue}-consumed", durable=True)
+        channel.basic_consume(f"{queue}-consumed", lambda *_: None, exclusive=True)
+        producer = run(broker, "new_task.py", "-q", queue)
+        refused(producer, "RESOURCE_LOCKED")
+        assert ";" not in producer.err[0]  # a hint would mislead
+        workers = [run(broker, "worker.py", "-q", f"{queue}{name}") for name in ("", "-consumed")]
+        for worker, reason in zip(workers, ("RESOURCE_LOCKED", "in exclusive use")):
+            worker.wait_for(reason)
+            assert "retrying" in worker.err[0]
+    for worker in workers:
+        worker.wait_for("Waiting")
 
 
-def test_missing_permissions_are_reported(run, broker, queue, users):
-    reader, writer = (broker.url_of(login=f"{user}:secret") for user in USERS)
-    for script in ("new_task.py", "worker.py"):  # the queue is not there, nor may they make it
-        refused(run(writer, script, "-q", queue), f"access to queue '{queue}'")
+def test_a_permission_that_is_missing_is_told(run, broker, queue, users):
+    for script in SCRIPTS:  # the queue is not there, nor may they make it
+        refused(run(users["writer"], script, "-q", queue), f"access to queue '{queue}'")
     with broker.channel() as channel:
         channel.queue_declare(queue, durable=True)
-    refused(run(reader, "new_task.py", "-q", queue), "access to exchange")
-    refused(run(writer, "worker.py", "-q", queue), f"access to queue '{queue}'")
-    assert run(writer, "new_task.py", "-q", queue, "one").wait(BOUND) == 0
-    run(reader, "worker.py", "-q", queue).wait_for("Done")
-
-
-@pytest.mark.parametrize(
-    ("setting", "normal"),
-    [("set_disk_free_limit 1000000GB", "1MB"), ("set_vm_memory_high_watermark 0.0000001", "0.4")],
-    ids=["disk", "memory"],
-)
-def test_an_alarm_ends_the_producer_and_leaves_the_worker_at_work(
-    fragile_broker, run, queue, setting, normal
-):
-    command, value = setting.split()
-    assert run(fragile_broker, "new_task.py", "-q", queue, "before").wait() == 0
-    fragile_broker.rabbitctl_output(command, value)
-    try:
-        alarms = ["eval", "rabbit_alarm:get_alarms()."]
-        wait_until(lambda: "resource_limit" in fragile_broker.rabbitctl_output(*alarms))
-        producer = run(fragile_broker, "new_task.py", "-q", queue, "during")
-        worker = run(fragile_broker, "worker.py", "-q", queue)
-        worker.wait_for("Done")
-        assert worker.tasks("Received") == ["before"]
-        refused(producer, "short of memory or disk", "tasks confirmed: 0")
-    finally:
-        fragile_broker.rabbitctl_output(command, normal)
-
-
-def test_a_full_queue_that_rejects_takes_what_fits(run, broker, queue):
-    with broker.channel() as channel:
-        limits = {"x-max-length": 3, "x-overflow": "reject-publish"}
-        channel.queue_declare(queue, durable=True, arguments=limits)
-    producer = run(broker, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
-    producer.process.stdin.write(b"1\n2\n3\n4\n5\n")
-    producer.process.stdin.close()
-    refused(producer, "full, or deleted?", "tasks confirmed: 3, send the rest from line 4 on")
-    assert producer.tasks("Sent") == ["1", "2", "3"]
-    assert broker.bodies(queue) == [b"1", b"2", b"3"]
-
-
-def test_a_body_over_the_brokers_limit_is_refused_by_its_line_and_how_it_begins(
-    run, new_broker, queue
-):
-    strict = new_broker("max_message_size = 1000")
-    producer = run(strict, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
-    producer.process.stdin.write(b"small\n\n")
-    producer.process.stdin.flush()
-    producer.wait_for("Sent 'small'")
-    producer.process.stdin.write(b"small, too\nlarge" + b"x" * 1001 + b"\nsmall again\n")
-    producer.process.stdin.close()
-    said = refused(producer, "Line 4, 'largexxx", "larger than configured max size")
-    count = len(producer.out)
-    assert f"tasks confirmed: {count}, send the rest from line {count + 1 + (count > 1)} on" in said
-    assert strict.bodies(queue)[:1] == [b"small"]
-
-
-@pytest.mark.parametrize("redirection", [">&-", ">/dev/full", "| true"])
-@pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
-def test_a_closed_or_full_standard_output_is_no_traceback(run, broker, queue, script, redirection):
-    url = {**os.environ, "AMQP_URL": broker.url}
-    start = time.monotonic()
-    command = f"timeout -s TERM 3 {sys.executable} {ROOT / script} -q {queue} {redirection}"
-    ended = subprocess.run(command, shell=True, env=url, capture_output=True, timeout=BOUND)
-    assert b"Traceback" not in ended.stderr
-    assert b"Exception" not in ended.stderr
-    lines = ended.stderr.splitlines()
-    if script == "new_task.py" and redirection != ">&-":
-        lost = [line for line in lines if b"tasks confirmed: 1" in line]
-        assert len(lines) == len(lost)
-        assert len(lost) == 1 or redirection == "| true"  # which may have ended after it, too
-    else:
-        assert len(lines) == (1 if "full" in redirection else 0)
-    assert time.monotonic() - start < BOUND
-
-
-@pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
-def test_help_that_cannot_be_written_is_no_traceback(script):
-    command = f"{sys.executable} {ROOT / script} --help >/dev/full"
-    ended = subprocess.run(command, shell=True, capture_output=True, timeout=BOUND)
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    assert b"No space left" in line
-
-
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2> >(true)"])
-def test_a_lost_standard_error_changes_nothing_else(broker, queue, redirection):
-    script = f"{sys.executable} {ROOT / 'new_task.py'} -q {queue}"
-    nowhere = f"amqp://127.0.0.1:{free_port()}"
-    for url, status in ((broker.url, 0), (nowhere, 1)):
-        ended = subprocess.run(
-            ["bash", "-c", f"{script} {redirection}"],
-            env={**os.environ, "AMQP_URL": url},
-            stdout=subprocess.PIPE,
-            timeout=BOUND,
-        )
-        assert ended.returncode == status
-        assert ended.stdout == (b"" if status else b" [x] Sent 'Hello World!'\n")
-
-
-def test_hints_name_both_ways_to_start_a_broker_and_a_port_without_tls(run, broker):
-    nowhere = f"127.0.0.1:{free_port()}"
-    producer = run(f"amqp://{nowhere}", "new_task.py")
-    refused(producer, nowhere, "docker compose up", "systemctl start rabbitmq-server")
-    refused(run(f"amqps://127.0.0.1:{broker.port}", "new_task.py"), "begins with amqp://")
-
-
-def test_a_limit_on_connections_is_told_without_a_hint_at_the_virtual_host(run, broker):
-    broker.rabbitctl_output("add_vhost", "narrow")
-    broker.rabbitctl_output("set_permissions", "-p", "narrow", "guest", ".*", ".*", ".*")
-    broker.rabbitctl_output("set_vhost_limits", "-p", "narrow", '{"max-connections": 0}')
-    said = refused(run(broker.url_of(vhost="narrow"), "new_task.py"), "limit", "confirmed: 0")
-    assert "in the URL" not in said
-
-
-def test_a_closed_standard_input_is_a_usage_error(broker, queue):
-    command = f"{sys.executable} {ROOT / 'new_task.py'} -q {queue} - <&-"
-    url = {**os.environ, "AMQP_URL": broker.url}
-    ended = subprocess.run(command, shell=True, env=url, capture_output=True, timeout=BOUND)
-    assert ended.returncode == 2
-    assert ended.stderr.count(b"\n") == 1
+    refused(run(users["reader"], "new_task.py", "-q", queue), "access to exchange")
+    refused(run(users["writer"], "worker.py", "-q", queue), f"access to queue '{queue}'")
