@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare the two scripts with others on one private broker; print tests/README.md's tables.
+"""Compare the two scripts with others on one private broker; print tests/MEASUREMENTS.md's tables.
 
     tests/benchmark.py                         everything: 15 to 20 minutes
     tests/benchmark.py --quorum                the same with quorum queues
@@ -32,6 +32,7 @@ PYTHON = sys.executable
 STUCK = 10  # seconds after which a consumer is measured by what it has done so far
 
 NEW_TASK = [PYTHON, ROOT / "new_task.py", "-"]
+COUNT_LOOP = [PYTHON, PEERS / "count_loop.py", "TASKS"]
 CONFIRM_LOOP = [PYTHON, PEERS / "confirm_loop.py"]
 AMQP_PUBLISH = ["amqp-publish", "-l", "-p", "-r", "task_queue"]
 KOMBU = [PYTHON, PEERS / "kombu_new_task.py"]
@@ -65,6 +66,7 @@ CONSUMERS = {  # name: command, queue, what fills the queue
 
 PRODUCERS = {  # name: command, queue, its share of the lines: fewer for a round trip each
     "new_task.py -": (NEW_TASK, "task_queue", 1),
+    "bare loop, counts confirms": (COUNT_LOOP, "task_queue", 1),
     "loop, a confirm each": (CONFIRM_LOOP, "task_queue", 0.1),
     "amqp-publish -l -p, unconfirmed": (AMQP_PUBLISH, "task_queue", 1),
     "kombu": (KOMBU, "task_queue", 0.1),
@@ -115,6 +117,7 @@ class Bench:
 
     def produce(self, command, tasks, size=10):
         """Send so many tasks of so many bytes; return the seconds that it took."""
+        command = [str(tasks) if part == "TASKS" else part for part in command]
         with open(self.input, "w") as lines:
             lines.writelines(f"{number:0{size}}\n" for number in range(tasks))
         with open(self.input, "rb") as lines:
