@@ -7,8 +7,8 @@
 
 A task is printed as sent once the broker has confirmed it. If any task is unconfirmed,
 the exit status is not 0, and standard error says how many were confirmed. The broker must
-be reachable at the start. After losing the connection, it tries to reconnect for 30 seconds
-and sends unconfirmed tasks again, so some may then be in the queue twice.
+be reachable at the start. A lost connection is retried for 30 seconds and unconfirmed tasks
+are sent again, so some may then be in the queue twice.
 """
 
 import argparse
@@ -50,8 +50,9 @@ class Producer:
         self.unconfirmed = {}  # published tasks by delivery tag: (line number, body)
         self.nacked = []  # tasks that the broker has refused
         self.confirmed = 0  # tasks
-        self.next_line = 1  # after the last task that was published
-        self.give_up_at = 0  # monotonic deadline for reconnecting, 0 if the connection works
+        self.next_line = 1  # first line not yet published
+        self.lost = False  # the connection, and no task has been confirmed since
+        self.give_up_at = 0  # monotonic deadline for reconnecting; 0: not reconnecting
 
     def connect(self):
         self.events.clear()
@@ -61,7 +62,7 @@ class Producer:
         try:
             self.open_channel(durable=True)
         except pika.exceptions.ChannelClosedByBroker as refusal:
-            # The queue may differ (406), or this user may not declare it (403).
+            # A queue that differs (406) will do; so will one that others have declared (403).
             if refusal.reply_code not in (403, 406) or "'durable'" in refusal.reply_text:
                 raise
             try:
@@ -94,8 +95,8 @@ class Producer:
     def send(self, tasks, max_unconfirmed):
         """Publish tasks, then wait until no more than max_unconfirmed are unconfirmed.
 
-        If the connection is lost, reconnect and publish the unconfirmed ones again. Until the
-        next confirmation, every error is retried.
+        After a lost connection, reconnect and publish the unconfirmed ones again; until the next
+        confirmation, every error is retried.
         """
         if not self.unconfirmed:
             if not tasks:
@@ -104,9 +105,9 @@ class Producer:
             self.loop.call_later(0, self.loop.stop)
             self.loop.start()  # notice a connection that was lost while the input paused
         while True:
-            lost = self.connection.is_closed
+            self.lost = self.connection.is_closed
             try:
-                if lost:
+                if self.lost:
                     self.connect()
                     tasks = sorted({*self.nacked, *self.unconfirmed.values(), *tasks})
                     self.next_line = tasks[0][0] if tasks else self.next_line
@@ -119,10 +120,10 @@ class Producer:
                     return
                 raise pika.exceptions.NackError(self.nacked)
             except ERRORS as error:
-                if not self.give_up_at and (lost or not isinstance(error, NOT_RETRIED)):
+                if not self.give_up_at and (self.lost or not isinstance(error, NOT_RETRIED)):
                     complain(f"Connection lost: {explain(error)}; reconnecting")
                     self.give_up_at = time.monotonic() + RECONNECT_FOR
-                if time.monotonic() > self.give_up_at:  # at once, if it is 0
+                if time.monotonic() > self.give_up_at:  # always, if not reconnecting
                     raise
             self.close()
             time.sleep(1)
@@ -136,7 +137,7 @@ class Producer:
                 del self.unconfirmed[tag]
             elif task := self.unconfirmed.pop(tag, None):
                 self.confirmed += 1
-                self.give_up_at = 0
+                self.lost, self.give_up_at = False, 0
                 say(f" [x] Sent {shown(task[1])}")
 
     # ---- Waiting for pika's callbacks ----
@@ -166,7 +167,10 @@ class Producer:
 
 
 def batches(words):
-    """Yield lists of (line number, body), and how many tasks may then stay unconfirmed."""
+    """Yield pairs: a list of (line number, body), and how many tasks may stay unconfirmed.
+
+    Put a source of your own here; the limit is 0 before a wait, as nothing answers heartbeats.
+    """
     if words != ["-"]:
         yield [(1, os.fsencode(" ".join(words)) if words else b"Hello World!")], 0
         return
@@ -182,7 +186,7 @@ def batches(words):
         rest += end
         tasks = [(line, body) for line, body in enumerate(lines, count + 1) if body.strip()]
         count += len(lines)
-        limit = 0  # of unconfirmed tasks, before a read that may block
+        limit = 0  # before a read that may block
         with contextlib.suppress(OSError):  # Windows can't tell
             if not ended and select.select([0], [], [], 0)[0]:
                 longest = max((len(body) for _, body in tasks), default=1)
@@ -197,9 +201,9 @@ HINTS = {  # pattern in an error: what to do
     "or: sudo systemctl start rabbitmq-server",
     "AuthenticationError": "check the user name and password in the URL",
     "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
-    "IncompatibleProtocolError": "is this a plain AMQP port? (For TLS: amqps://)",
-    "WRONG_VERSION_NUMBER": "is this a TLS port? (For a plain one: amqp://)",
-    "'durable'": "the queue would not survive a restart; delete it or choose another --queue",
+    "IncompatibleProtocolError": "is this a plain AMQP port? For TLS, use amqps://",
+    "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
+    "'durable'": "the existing queue is not durable; delete it or choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
 }
@@ -218,7 +222,7 @@ def say(line, **options):
         print(line, **options)
     except OSError as error:
         complain(f"Can't write to standard output: {explain(error)}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit fails
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails
         sys.exit(1)
 
 
@@ -234,7 +238,7 @@ def explain(error):
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
     text = getattr(error, "reply_text", None) or f"{type(error).__name__}: {error}"
-    return "; ".join([text, *(hint for words, hint in HINTS.items() if re.search(words, text))])
+    return text + "".join(f" ({HINTS[words]})" for words in HINTS if re.search(words, text))
 
 
 # ---- The command line ----
@@ -247,7 +251,7 @@ TASK_HELP = "words of a task; - alone sends each non-blank line of standard inpu
 
 class Parser(argparse.ArgumentParser):
     def print_help(self, file=None):
-        say(self.format_help(), end="")  # which notices a full disk
+        say(self.format_help(), end="")  # say() notices a full disk
 
     def error(self, message):  # without any value, as it may be a URL with a password
         super().error(re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL))
@@ -258,11 +262,11 @@ def amqp_urls(urls):
     nodes = []
     for url in re.split(",(?=amqps?://)", urls):
         try:
-            # A special character would put a part of the password into the host, which errors show.
+            # An unescaped / or @ would put a part of the password into the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
             node = pika.URLParameters(url)
-            node.host.encode("idna")  # as the look-up does
+            node.host.encode("idna")  # as the DNS look-up does
         except Exception:
             raise argparse.ArgumentTypeError(URL_FORM) from None  # the cause may quote a password
         node.client_properties = {"connection_name": f"{sys.argv[0]} {os.getpid()}"}

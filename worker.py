@@ -3,12 +3,12 @@
 
   worker.py                          sleep a second for each dot in a task
   worker.py --prefetch-count 0       no limit on prefetched tasks: round-robin dispatch
-  worker.py -q thumbs ./thumb.py     run a command for each task, its standard input
+  worker.py -q thumbs ./thumb.py     run a command per task, with the task on stdin
 
-Start as many workers as you like: each task goes to one of them. It is acknowledged after
-the work, so if a worker dies, another gets its task. A worker waits for a missing broker.
-A failed task is retried via QUEUE.retry; after the last retry it is moved to QUEUE.dlq.
-CTRL+C stops a worker, SIGTERM lets it finish its task, a second signal stops it at once.
+Start as many workers as you like: each task goes to one of them. It is acknowledged when
+done, so if a worker dies, another gets its task, which may then be done twice. A failed
+task is retried via QUEUE.retry; after the last retry it is moved to QUEUE.dlq. CTRL+C stops
+a worker; SIGTERM lets it finish its task; a second signal stops it at once.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 LONGEST_PAUSE = 30  # seconds between attempts
 GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
-MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue drops it after 20
+MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
 LONGEST_NAME = 249  # bytes in a queue name: AMQP's 255, less ".retry"
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)  # what pika raises
@@ -45,8 +45,8 @@ class Worker:
         self.has_consumed = False
         self.pause = 1  # seconds until the next attempt to connect
         self.signals = []  # received so far
-        # How many signals are only recorded, for wait() and consume() to act on: none when idle,
-        # one with a task, all while a command runs, which could otherwise be left running.
+        # Signals to record only, for wait() and consume() to act on: none when idle, one with a
+        # task, and any number while a command runs, so that it is never left running.
         self.deferred = 0
 
     def consume(self, connection):
@@ -105,8 +105,8 @@ class Worker:
     def sleep(self, ch, body):
         """Sleep a second per dot. Put your own work here.
 
-        Return None when done, or why the task failed; an exception fails it, too. Only wait()
-        answers heartbeats and CTRL+C: long work must call it often, or be a command.
+        Return None when done, or why the task failed; an exception also fails it, but let those
+        of wait() pass. Only wait() answers heartbeats and CTRL+C: long work must call it often.
         """
         dots, limit = body.count(b"."), self.options.time_limit
         on_terminal = dots and sys.stdout and sys.stdout.isatty()
@@ -146,7 +146,7 @@ class Worker:
     def wait(self, ch, seconds):
         """Sleep, but answer heartbeats.
 
-        Raises ConsumerCancelled if the broker has taken the task back, SystemExit after CTRL+C.
+        Raises ConsumerCancelled if the broker has taken the task back, SystemExit if told to stop.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -197,7 +197,7 @@ class Worker:
     def move_failed_task(self, ch, properties, body, failure, retries):
         """Publish a copy to QUEUE.retry or, when its retries are used up, to QUEUE.dlq."""
         headers = properties.headers or {}
-        # A dead letter that is reprocessed gets all its retries again.
+        # x-last-error marks a dead letter that is reprocessed: it gets all its retries again.
         retried = 0 if "x-last-error" in headers else count(headers, "x-retry-count")
         copied = [name for name in headers if not re.fullmatch(NOT_COPIED, str(name))]
         properties.headers = {name: headers[name] for name in copied}
@@ -292,9 +292,9 @@ RETRY_ARGUMENTS = {
     "x-dead-letter-strategy": "at-least-once",
     "x-overflow": "reject-publish",
 }
-# Headers by which the broker would route, count or drop a copy, and those set again.
+# Headers by which the broker would route, count or drop a copy, and those that are replaced.
 NOT_COPIED = "CC|BCC|x-death|x-(first|last)-death-.*|x-(delivery|acquired|retry)-count|x-last-error"
-# Errors that won't go away: login, permission, virtual host, queue, certificate.
+# Errors that won't go away, unlike a connection limit: login, permission, queue, certificate.
 PERMANENT = r"(?!.* limit |.* in exclusive use).*(\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED)"
 CANCELLED = "the queue was deleted, or a task took longer than consumer_timeout in rabbitmq.conf"
 
@@ -305,7 +305,7 @@ def declare(connection, queue, arguments=None):
     try:
         channel.queue_declare(queue=queue, durable=True, arguments=arguments)
     except pika.exceptions.ChannelClosedByBroker as refusal:
-        # The queue may differ (406), but not QUEUE.retry; this user may not declare it (403).
+        # A queue that differs (406) will do, except as QUEUE.retry; so will one of others (403).
         usable = (403,) if arguments else (403, 406)
         if refusal.reply_code not in usable or "'durable'" in refusal.reply_text:
             raise
@@ -330,9 +330,9 @@ HINTS = {  # pattern in an error: what to do
     "or: sudo systemctl start rabbitmq-server",
     "AuthenticationError": "check the user name and password in the URL",
     "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
-    "IncompatibleProtocolError": "is this a plain AMQP port? (For TLS: amqps://)",
-    "WRONG_VERSION_NUMBER": "is this a TLS port? (For a plain one: amqp://)",
-    "'durable'": "the queue would not survive a restart; delete it or choose another --queue",
+    "IncompatibleProtocolError": "is this a plain AMQP port? For TLS, use amqps://",
+    "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
+    "'durable'": "the existing queue is not durable; delete it or choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
 }
@@ -351,7 +351,7 @@ def say(line, **options):
         print(line, **options)
     except OSError as error:
         complain(f"Can't write to standard output: {explain(error)}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit fails
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails
         sys.exit(1)
 
 
@@ -367,7 +367,7 @@ def explain(error):
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
     text = getattr(error, "reply_text", None) or f"{type(error).__name__}: {error}"
-    return "; ".join([text, *(hint for words, hint in HINTS.items() if re.search(words, text))])
+    return text + "".join(f" ({HINTS[words]})" for words in HINTS if re.search(words, text))
 
 
 # ---- The command line ----
@@ -376,12 +376,12 @@ DEFAULT_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%
 URL_FORM = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, percent-encoded (@ in a password: %40)"
 URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or the local broker)"
 PREFETCH_HELP = "unacknowledged tasks the broker may hand over, 0 for no limit (default: 1)"
-COMMAND_HELP = "run for each task, its standard input; exit status 0 means done (default: sleep)"
+COMMAND_HELP = "run per task, with the task on stdin; exit status 0 means done (default: sleep)"
 
 
 class Parser(argparse.ArgumentParser):
     def print_help(self, file=None):
-        say(self.format_help(), end="")  # which notices a full disk
+        say(self.format_help(), end="")  # say() notices a full disk
 
     def error(self, message):  # without any value, as it may be a URL with a password
         super().error(re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL))
@@ -392,11 +392,11 @@ def amqp_urls(urls):
     nodes = []
     for url in re.split(",(?=amqps?://)", urls):
         try:
-            # A special character would put a part of the password into the host, which errors show.
+            # An unescaped / or @ would put a part of the password into the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
             node = pika.URLParameters(url)
-            node.host.encode("idna")  # as the look-up does
+            node.host.encode("idna")  # as the DNS look-up does
         except Exception:
             raise argparse.ArgumentTypeError(URL_FORM) from None  # the cause may quote a password
         node.client_properties = {"connection_name": f"{sys.argv[0]} {os.getpid()}"}
@@ -437,13 +437,13 @@ def main():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     options = read_command_line()
     if options.command and not (shutil.which(options.command[0]) and hasattr(os, "killpg")):
-        complain(f"Can't run {options.command[0]}: not found, or not executable (or on Windows)")
+        complain(f"Can't run {options.command[0]}: not found, not executable, or on Windows")
         sys.exit(1)
     try:
         Worker(options).run()
     finally:
         for number in (signal.SIGTERM, *INTERRUPTS):
-            signal.signal(number, signal.SIG_IGN)  # nothing may interrupt Python's own end
+            signal.signal(number, signal.SIG_IGN)  # nothing may interrupt Python's shutdown
 
 
 if __name__ == "__main__":
