@@ -14,6 +14,7 @@ are sent again, so some may then be in the queue twice.
 import argparse
 import collections
 import contextlib
+import functools
 import os
 import re
 import reprlib
@@ -275,7 +276,9 @@ def amqp_urls(urls):
 
 
 def read_command_line():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # A fixed width saves the import of shutil at every start.
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=88)
+    parser = Parser(description=__doc__, formatter_class=formatter)
     parser.add_argument("-u", "--url", type=amqp_urls, default=DEFAULT_URL, help=URL_HELP)
     parser.add_argument("-q", "--queue", default="task_queue", help="default: task_queue")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="TASK", help=TASK_HELP)
