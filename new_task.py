@@ -31,7 +31,6 @@ RECONNECT_FOR = 30  # seconds to keep trying after the connection is lost
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
 MAX_UNCONFIRMED = 1000  # tasks, before more input is read
 MAX_UNCONFIRMED_BYTES = 1_000_000
-LONGEST_NAME = 255  # bytes in a queue name
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException)  # what pika raises
 NOT_RETRIED = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
@@ -229,7 +228,7 @@ def say(line, **options):
 
 def complain(text):
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         os.write(sys.stderr.fileno(), f" [!] {line}\n".encode(errors="backslashreplace"))
 
 
@@ -255,7 +254,11 @@ class Parser(argparse.ArgumentParser):
         say(self.format_help(), end="")  # say() notices a full disk
 
     def error(self, message):  # without any value, as it may be a URL with a password
-        super().error(re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL))
+        message = re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL)
+        text = f"{self.format_usage()}{self.prog}: error: {message}\n"
+        with contextlib.suppress(OSError, AttributeError):
+            os.write(sys.stderr.fileno(), text.encode())
+        sys.exit(2)
 
 
 def amqp_urls(urls):
@@ -283,8 +286,8 @@ def read_command_line():
     parser.add_argument("-q", "--queue", default="task_queue", help="default: task_queue")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="TASK", help=TASK_HELP)
     options = parser.parse_args()
-    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= LONGEST_NAME:
-        parser.error(f"--queue: expected 1 to {LONGEST_NAME} bytes of printable text")
+    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= 255:
+        parser.error("--queue: expected 1 to 255 bytes of printable text")
     if options.words[:1] == ["--"]:
         del options.words[0]
     if options.words == ["-"] and not sys.stdin:
@@ -293,7 +296,6 @@ def read_command_line():
 
 
 def main():
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):

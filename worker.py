@@ -30,7 +30,6 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 LONGEST_PAUSE = 30  # seconds between attempts
 GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
 MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
-LONGEST_NAME = 249  # bytes in a queue name: AMQP's 255, less ".retry"
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)  # what pika raises
 # Windows lacks two of these.
@@ -61,7 +60,6 @@ class Worker:
 
         say(" [*] Waiting for messages. To exit press CTRL+C")
         self.has_consumed, self.pause = True, 1
-
         while channel.consumer_tags:
             if tasks and not self.signals:
                 self.callback(*tasks.popleft())
@@ -260,9 +258,8 @@ class Worker:
                     complain(problem)
                     sys.exit(1)
             self.report(problem, self.pause)
-            if connection:
-                with contextlib.suppress(pika.exceptions.AMQPError):
-                    connection.close()
+            with contextlib.suppress(pika.exceptions.AMQPError, AttributeError):
+                connection.close()
             time.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
@@ -357,7 +354,7 @@ def say(line, **options):
 
 def complain(text):
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         os.write(sys.stderr.fileno(), f" [!] {line}\n".encode(errors="backslashreplace"))
 
 
@@ -384,7 +381,11 @@ class Parser(argparse.ArgumentParser):
         say(self.format_help(), end="")  # say() notices a full disk
 
     def error(self, message):  # without any value, as it may be a URL with a password
-        super().error(re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL))
+        message = re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL)
+        text = f"{self.format_usage()}{self.prog}: error: {message}\n"
+        with contextlib.suppress(OSError, AttributeError):
+            os.write(sys.stderr.fileno(), text.encode())
+        sys.exit(2)
 
 
 def amqp_urls(urls):
@@ -416,8 +417,8 @@ def read_command_line():
     option("--time-limit", **seconds, default=float("inf"), help="time for a task (default: none)")
     option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=COMMAND_HELP)
     options = parser.parse_args()
-    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= LONGEST_NAME:
-        parser.error(f"--queue: expected 1 to {LONGEST_NAME} bytes of printable text")
+    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= 249:
+        parser.error("--queue: expected 1 to 249 bytes of printable text")  # 255, less ".retry"
     if not 0 <= options.prefetch_count <= 65535:
         parser.error("--prefetch-count: expected 0 to 65535")
     if options.retries < 0 or not options.time_limit > 0:
@@ -430,7 +431,6 @@ def read_command_line():
 
 
 def main():
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if hasattr(signal, "SIGCHLD"):  # if it is ignored, commands always seem successful
