@@ -16,7 +16,7 @@ from pathlib import Path
 import pika
 import port_for
 import psutil
-from mirakuru import SimpleExecutor, TCPExecutor
+from mirakuru import TCPExecutor
 from mirakuru.base import cleanup_subprocesses
 from mirakuru.exceptions import ProcessExitedWithError
 from pytest_rabbitmq.factories.executor import RabbitMqExecutor
@@ -141,9 +141,9 @@ def servers():
         epmd = TCPExecutor(command, "127.0.0.1", port, timeout=PATIENCE, stderr=subprocess.DEVNULL)
         started.append(epmd.start())
 
-        def start(config="", seed=None, wait=True):
-            started.append(broker := Broker(folder, port, config, seed))
-            return broker.start() if wait else SimpleExecutor.start(broker)
+        def start(config="", seed=None):
+            started.append(Broker(folder, port, config, seed))
+            return started[-1].start()
 
         yield start
     finally:
@@ -162,12 +162,10 @@ def servers():
 
 def start_cluster(start):
     """Start a cluster of three, by the function that servers() gives, with a virtual host "q"."""
-    first = start(wait=False)
-    nodes = [first, start(seed=first, wait=False), start(seed=first, wait=False)]
-    for node in nodes:
-        node.wait_for(node.check_subprocess)
+    first = start()
+    others = [start(seed=first) for _ in range(2)]  # one by one: two that join at once may fail
     first.add_quorum_vhost()
-    return nodes
+    return [first, *others]
 
 
 def wait_until(condition, timeout=PATIENCE):
