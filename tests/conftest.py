@@ -29,6 +29,12 @@ for number, handler in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
+LONGEST = ["test_cluster.py", "test_confirms.py", "test_failed_tasks.py", "test_readme.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # so that none is begun at the end
+
 
 class Script:
     """A running new_task.py or worker.py, its output collected line by line."""
@@ -73,7 +79,8 @@ class Script:
         """Wait for the nth line, of either stream, that holds a text; return when it came."""
         with self.changed:
             found = self.changed.wait_for(lambda: len(self.moments(text)) >= times, timeout)
-            assert found, f"no {text!r} ({times}) in {timeout} s: {self.out} {self.err}"
+            last = "\n".join(self.out[-20:] + self.err[-20:])
+            assert found, f"no {text!r} ({times}) in {timeout} s; the last lines are:\n{last}"
             return self.moments(text)[times - 1]
 
     def tasks(self, word):

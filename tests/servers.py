@@ -5,6 +5,7 @@ Ports, data and the port mapper (epmd) are of one's own: no other server is touc
 
 import atexit
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # of Debian's package; those on PATH insist on being root
 PATIENCE = 60  # seconds after which something that has not come is an error
-free_port = port_for.select_random
+# No other test process chooses one of these: the ids of such processes follow each other.
+PORTS = {port for port in port_for.available_good_ports() if port % 64 == os.getpid() % 64}
 
 # It kills whatever has the digits of this process's id anywhere in its mark: others' servers, too.
 atexit.unregister(cleanup_subprocesses)
@@ -126,6 +128,12 @@ class Broker(RabbitMqExecutor):
             return list(got)
 
 
+def free_port():
+    port = port_for.select_random(PORTS)
+    PORTS.remove(port)
+    return port
+
+
 @contextlib.contextmanager
 def servers():
     """Give a function that starts a server: start("lines of rabbitmq.conf").
@@ -170,8 +178,9 @@ def start_cluster(start):
 
 def wait_until(condition, timeout=PATIENCE):
     """Wait until a condition holds; return its value."""
-    deadline = time.monotonic() + timeout
+    begin = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, "it has not come true"
-        time.sleep(0.01)
+        waited = time.monotonic() - begin
+        assert waited < timeout, "it has not come true"
+        time.sleep(min(0.01 + waited / 10, 0.2))  # a look may cost others processor time
     return value
