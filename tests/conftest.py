@@ -29,11 +29,13 @@ for number, handler in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
-LONGEST = ["test_cluster.py", "test_confirms.py", "test_failed_tasks.py", "test_readme.py"]
+# Files that begin first, so that no process is left alone with one of them.
+LONGEST = ["failed_tasks", "readme", "confirms", "cluster", "lost_connection", "signals"]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)  # so that none is begun at the end
+    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 class Script:
@@ -132,13 +134,7 @@ def new_broker():
 
 @pytest.fixture(scope="session")
 def broker(new_broker):
-    """The server for every test that does not stop or configure it."""
-    return new_broker()
-
-
-@pytest.fixture(scope="session")
-def fragile_broker(new_broker):
-    """A server to stop, kill and throttle; each test leaves it running and well."""
+    """The server of this process; a test that stops or throttles it leaves it running and well."""
     return new_broker()
 
 
@@ -146,12 +142,6 @@ def fragile_broker(new_broker):
 def vhosts(broker):
     """URLs of two virtual hosts, by the type of queue that a plain declaration makes there."""
     return {"classic": broker.url, "quorum": broker.add_quorum_vhost()}
-
-
-@pytest.fixture(scope="session")
-def fragile_vhosts(fragile_broker):
-    """The same of the server that may be stopped."""
-    return {"classic": fragile_broker.url, "quorum": fragile_broker.add_quorum_vhost()}
 
 
 @pytest.fixture
@@ -222,16 +212,16 @@ def publish(broker, queue):
 
 
 @pytest.fixture
-def alarm(fragile_broker):
-    """Switch the fragile broker's disk alarm: alarm(True), alarm(False). Off at the end."""
+def alarm(broker):
+    """Switch the broker's disk alarm: alarm(True), alarm(False). Off at the end."""
     is_on = False
 
     def switch(on):
         nonlocal is_on
         is_on = on
-        fragile_broker.rabbitctl_output("set_disk_free_limit", "1000000GB" if on else "1MB")
+        broker.rabbitctl_output("set_disk_free_limit", "1000000GB" if on else "1MB")
         alarms = ["eval", "rabbit_alarm:get_alarms()."]
-        wait_until(lambda: ("disk" in fragile_broker.rabbitctl_output(*alarms)) == on)
+        wait_until(lambda: ("disk" in broker.rabbitctl_output(*alarms)) == on)
 
     yield switch
     if is_on:

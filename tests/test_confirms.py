@@ -207,23 +207,23 @@ def test_input_that_cannot_be_read_at_all_is_told(broker, producer, tmp_path):
 
 
 def test_nothing_is_called_sent_in_an_alarm_which_is_given_up_in_the_end(
-    fragile_broker, queue, producer, run, alarm
+    broker, queue, producer, run, alarm
 ):
     # Given a producer that waits long enough, one that waits as long as it does by itself, and
     # one that is started in the alarm.
-    url = fragile_broker.url_of(query="?blocked_connection_timeout=120")
-    patient, other = producer(url), producer(fragile_broker)
+    url = broker.url_of(query="?blocked_connection_timeout=120")
+    patient, other = producer(url), producer(broker)
     for ours in (patient, other):
         write(ours, b"one", b"")
         ours.wait_for("Sent 'one'")
-    fragile_broker.rabbitctl_output("set_vm_memory_high_watermark", "0.0000001")
+    broker.rabbitctl_output("set_vm_memory_high_watermark", "0.0000001")
     try:
-        late = run(fragile_broker, "new_task.py", "-q", queue, "late")
+        late = run(broker, "new_task.py", "-q", queue, "late")
         for ours in (patient, other):
             write(ours, b"two", end=True)
         alarm(True)  # a broker that lacks disk space, too
     finally:
-        fragile_broker.rabbitctl_output("set_vm_memory_high_watermark", "0.4")
+        broker.rabbitctl_output("set_vm_memory_high_watermark", "0.4")
     # When the alarm lasts, then two give up.
     for ours in (other, late):
         refused(ours, "memory or disk")
@@ -236,7 +236,7 @@ def test_nothing_is_called_sent_in_an_alarm_which_is_given_up_in_the_end(
     assert patient.wait() == 0, patient.err
     assert sent(patient) == [b"one", b"two"]
     assert patient.err == []
-    assert set(fragile_broker.bodies(queue)) >= {b"one", b"two"}
+    assert set(broker.bodies(queue)) >= {b"one", b"two"}
 
 
 def test_a_connection_lost_after_the_last_confirmation_is_no_error(producer, network):
@@ -250,15 +250,15 @@ def test_a_connection_lost_after_the_last_confirmation_is_no_error(producer, net
     assert ours.err == []
 
 
-def test_a_killed_broker_costs_no_task(fragile_broker, queue, producer, network):
+def test_a_killed_broker_costs_no_task(broker, queue, producer, network):
     names = ["classic", "quorum", "interrupted", "terminated", "idle"]
-    with fragile_broker.channel() as channel:
+    with broker.channel() as channel:
         for name in names:
             arguments = {"x-queue-type": "quorum" if name == "quorum" else "classic"}
             channel.queue_declare(f"{queue}-{name}", durable=True, arguments=arguments)
     # RabbitMQ notes on disk with a delay of seconds that there is a new quorum queue. Killed
     # before, it starts that queue empty and for ever without a leader, whoever published.
-    fragile_broker.rabbitctl_output("eval", "[dets:sync(Table) || Table <- dets:all()].")
+    broker.rabbitctl_output("eval", "[dets:sync(Table) || Table <- dets:all()].")
 
     # Given a producer whose broker is gone for good, and others in mid-stream, ...
     url, process = network
@@ -268,27 +268,27 @@ def test_a_killed_broker_costs_no_task(fragile_broker, queue, producer, network)
     process.end()
     write(gone, *AFTER)
     gone.wait_for("Connection lost")
-    started = {name: producer(fragile_broker, f"{queue}-{name}") for name in names}
+    started = {name: producer(broker, f"{queue}-{name}") for name in names}
     *streams, idle = started.values()
     write(idle, b"one")
     idle.wait_for("Sent 'one'")
-    fragile_broker.settle()
+    broker.settle()
     for ours in streams:
         write(ours, *BEFORE)
     wait_until(lambda: all(len(ours.out) > 500 for ours in streams))
     # ... when the broker is killed, ...
-    fragile_broker.kill()
+    broker.kill()
     for ours in streams:
         write(ours, *AFTER, end=True)
         ours.wait_for("Connection lost")
     for name, number in (("interrupted", signal.SIGINT), ("terminated", signal.SIGTERM)):
         started[name].signal(number)
         assert started[name].wait() == 128 + number
-    fragile_broker.start()
+    broker.start()
 
     # ... then those that were told to end can be resumed,
     for name in ("interrupted", "terminated"):
-        again = producer(fragile_broker, f"{queue}-{name}")
+        again = producer(broker, f"{queue}-{name}")
         write(again, *rest(started[name]), end=True)
         assert again.wait() == 0, again.err
     # the others go on by themselves,
@@ -296,12 +296,12 @@ def test_a_killed_broker_costs_no_task(fragile_broker, queue, producer, network)
         assert started[name].wait() == 0, started[name].err
         assert sorted(sent(started[name])) == sorted(TASKS)
     for name in names[:4]:
-        assert take(fragile_broker, f"{queue}-{name}") == TASKS
+        assert take(broker, f"{queue}-{name}") == TASKS
     # one that had nothing to do does not even mention it,
     write(idle, b"two", end=True)
     assert idle.wait() == 0, idle.err
     assert idle.err == []
-    assert fragile_broker.bodies(f"{queue}-idle") == [b"one", b"two"]
+    assert broker.bodies(f"{queue}-idle") == [b"one", b"two"]
     # and one that finds no broker for half a minute gives up.
     refused(gone, "Connection lost", "Connection refused")
     rest(gone)

@@ -61,12 +61,12 @@ def test_ctrl_c_leaves_no_process_no_file_and_no_terminal_setting(moment, termin
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(fragile_broker, run):
-    demo = run(fragile_broker, *DEMO, "--heavy", "30")
+def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(broker, run):
+    demo = run(broker, *DEMO, "--heavy", "30")
     consumers = ["-q", "list_consumers", "queue_name"]
-    wait_until(lambda: fragile_broker.rabbitctl_output(*consumers).count("work-queue-demo") == 2)
+    wait_until(lambda: broker.rabbitctl_output(*consumers).count("work-queue-demo") == 2)
     workers = psutil.Process(demo.process.pid).children()
-    fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
+    broker.rabbitctl_output("close_all_connections", "maintenance")
     assert demo.wait() == 1
     assert "maintenance" in demo.err[0]
     assert psutil.wait_procs(workers, timeout=5)[1] == []

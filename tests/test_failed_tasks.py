@@ -337,12 +337,12 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
 
 
 def test_in_an_alarm_a_failed_task_waits_in_hand_and_then_there_is_one_copy(
-    fragile_broker, fragile_vhosts, worker, alarm, queue
+    broker, vhosts, worker, alarm, queue
 ):
     kinds = {"dlq": "classic", "retry": "quorum", "stopping": "classic", "twice": "quorum"}
     for name, kind in kinds.items():
         tasks = [b"bad", b"good"]
-        give_task(fragile_broker, f"{queue}-{name}", url=fragile_vhosts[kind], bodies=tasks)
+        give_task(broker, f"{queue}-{name}", url=vhosts[kind], bodies=tasks)
 
     alarm(True)
     begin = time.monotonic()
@@ -350,11 +350,11 @@ def test_in_an_alarm_a_failed_task_waits_in_hand_and_then_there_is_one_copy(
     for name, kind in kinds.items():
         retries = ["--retries", "1" if name == "retry" else "0", "--retry-delay", "600"]
         command = [*FAIL_IF_BAD, "/dev/null"]
-        url = f"{fragile_vhosts[kind]}?heartbeat=2"
+        url = f"{vhosts[kind]}?heartbeat=2"
         workers[name] = worker("-q", f"{queue}-{name}", *retries, *command, url=url)
         workers[name].wait_for("Failed")
     states = ["list_connections", "state"]
-    wait_until(lambda: fragile_broker.rabbitctl_output(*states).count("blocked") == len(kinds))
+    wait_until(lambda: broker.rabbitctl_output(*states).count("blocked") == len(kinds))
 
     # A first signal is only noted. A second one ends the worker at once.
     workers["stopping"].signal(signal.SIGTERM)
@@ -378,34 +378,34 @@ def test_in_an_alarm_a_failed_task_waits_in_hand_and_then_there_is_one_copy(
     for name, each in workers.items():
         assert not any("redelivered" in line for line in each.out)
         assert each.err == []
-        suffix, url = "retry" if name == "retry" else "dlq", fragile_vhosts[kinds[name]]
-        assert fragile_broker.bodies(f"{queue}-{name}.{suffix}", url) == [b"bad"]
-    assert fragile_broker.bodies(f"{queue}-stopping") == [b"good"]
-    url = fragile_vhosts[kinds["twice"]]
-    wait_until(lambda: fragile_broker.ready(f"{queue}-twice", url) == 2)
+        suffix, url = "retry" if name == "retry" else "dlq", vhosts[kinds[name]]
+        assert broker.bodies(f"{queue}-{name}.{suffix}", url) == [b"bad"]
+    assert broker.bodies(f"{queue}-stopping") == [b"good"]
+    url = vhosts[kinds["twice"]]
+    wait_until(lambda: broker.ready(f"{queue}-twice", url) == 2)
 
 
 # ---- None is lost ----
 
 
 def test_failed_tasks_survive_a_broker_that_is_killed(
-    fragile_broker, fragile_vhosts, worker, send, queue, tmp_path
+    broker, vhosts, worker, send, queue, tmp_path
 ):
     # Two workers that fail half of their tasks, and others whose tasks wait for a retry.
     begun = tmp_path / "begun"
     options = ["--retries", "0", *FAIL_IF_BAD, begun]
-    busy = [worker(*options, url=fragile_broker.url) for _ in range(2)]
-    send(fragile_broker, queue, "bad, so that the dead-letter queue is made")
+    busy = [worker(*options, url=broker.url) for _ in range(2)]
+    send(broker, queue, "bad, so that the dead-letter queue is made")
     waiting = {}
-    for kind, url in fragile_vhosts.items():
+    for kind, url in vhosts.items():
         options = ["-q", f"{queue}-{kind}", "--retry-delay", "6", "--time-limit", "0.001"]
         waiting[kind] = worker(*options, url=url)
         send(url, f"{queue}-{kind}", "so that the retry queue is made.")
         waiting[kind].wait_for("Failed")
-    wait_until(lambda: fragile_broker.ready(f"{queue}.dlq"))
-    fragile_broker.settle()
+    wait_until(lambda: broker.ready(f"{queue}.dlq"))
+    broker.settle()
     due = [f"task {number}." for number in range(150)]
-    for kind, url in fragile_vhosts.items():
+    for kind, url in vhosts.items():
         send(url, f"{queue}-{kind}", *due)
     for each in waiting.values():
         each.wait_for("Failed", times=1 + len(due))
@@ -414,26 +414,26 @@ def test_failed_tasks_survive_a_broker_that_is_killed(
 
     # The broker is killed with tasks in hand, and comes back when others become due.
     tasks = [f"{kind} {number}" for number in range(300) for kind in ("good", "bad")]
-    send(fragile_broker, queue, *tasks)
+    send(broker, queue, *tasks)
     for part in (100, 300):
         wait_until(lambda part=part: begun.read_text().count("\n") > part)
-        fragile_broker.kill()
-        fragile_broker.start()
+        broker.kill()
+        broker.start()
 
     # All that failed is there, and nothing else.
     wait_until(lambda: set(tasks) <= set(begun.read_text().splitlines()))
     for each in busy:
         each.signal(signal.SIGTERM)
         assert each.wait() == 0
-    assert fragile_broker.ready(queue) == 0
-    letters = {body.decode() for body in fragile_broker.bodies(f"{queue}.dlq")}
+    assert broker.ready(queue) == 0
+    letters = {body.decode() for body in broker.bodies(f"{queue}.dlq")}
     assert {task for task in tasks if task.startswith("bad")} <= letters
     assert not any(letter.startswith("good") for letter in letters)
-    for kind, url in fragile_vhosts.items():
+    for kind, url in vhosts.items():
         back = set()
 
         def all_back(name=f"{queue}-{kind}", url=url, back=back):
-            back.update(body.decode() for body in fragile_broker.bodies(name, url))
+            back.update(body.decode() for body in broker.bodies(name, url))
             return set(due) <= back
 
         wait_until(all_back)

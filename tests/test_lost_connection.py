@@ -21,7 +21,10 @@ PAUSE = 8 * HEARTBEAT
 
 @pytest.fixture(scope="module", autouse=True)
 def scene(broker):
-    """Scripts that need many heartbeats, at the same time, and beside all tests of this file."""
+    """Scripts that need many heartbeats, at the same time, and beside other tests of this file.
+
+    Those that end the broker's connections come when the scripts with a connection are done.
+    """
     url = broker.url_of(query=f"?heartbeat={HEARTBEAT}")
     worker, nowhere = ROOT / "worker.py", f"amqp://127.0.0.1:{free_port()}"
     scripts = SimpleNamespace(
@@ -43,59 +46,6 @@ def scene(broker):
         script.end()
     with broker.channel() as channel:
         channel.queue_delete("task_queue")  # and the task that the tutorial's worker left there
-
-
-# ---- Without a broker ----
-
-
-def test_workers_and_tasks_outlive_their_broker(fragile_broker, worker, run, send, queue):
-    url = fragile_broker.url
-    in_mid_task = worker("-q", f"{queue}-busy", url=url)
-    idle = worker("-q", f"{queue}-idle", url=url)
-    send(fragile_broker, f"{queue}-later", "nobody is here")
-    fragile_broker.settle()
-    long = "long....."
-    send(fragile_broker, f"{queue}-busy", long, "after")
-    in_mid_task.wait_for("Received")
-
-    fragile_broker.kill()
-    for each in (in_mid_task, idle):
-        each.wait_for("retrying in 1 s")
-    early = run(fragile_broker, "worker.py", "-q", f"{queue}-later")
-    early.wait_for("retrying in 2 s")
-
-    fragile_broker.start()
-    early.wait_for("Done")
-    assert early.tasks("Received") == ["nobody is here"]
-    in_mid_task.wait_for("Done", times=2)
-    assert in_mid_task.tasks("Received") == [long, long, "after"]
-    assert in_mid_task.out[2:4] == [WAITING, f" [x] Received '{long}' (redelivered)"]
-    send(fragile_broker, f"{queue}-idle", "back")
-    idle.wait_for("Done")
-    assert idle.out == [WAITING, WAITING, " [x] Received 'back'", " [x] Done"]
-
-
-def test_a_lost_connection_ends_the_work_before_the_worker_reconnects(
-    fragile_broker, worker, send, queue
-):
-    workers = []
-    for number, command in enumerate(([], POLITE, STUBBORN)):
-        workers.append(worker("-q", f"{queue}-{number}", *command, url=fragile_broker.url))
-        send(fragile_broker, f"{queue}-{number}", LONG)
-        workers[-1].wait_for("Received")
-    pids = [pids_of(each) for each in workers[1:]]
-    fragile_broker.rabbitctl_output("close_all_connections", "maintenance")
-    for each in workers:
-        each.wait_for("retrying in 1 s")
-    for each in pids:
-        assert_ended(each)
-    for each in workers:
-        each.wait_for("redelivered")
-        (line,) = each.err
-        assert "maintenance" in line
-        assert not any("Done" in line or "Failed" in line for line in each.out)
-    received = f" [x] Received '{LONG}'"
-    assert workers[0].out == [WAITING, received, WAITING, f"{received} (redelivered)"]
 
 
 # ---- A task that the broker takes back ----
@@ -254,6 +204,57 @@ def test_a_pause_of_8_heartbeats_in_a_producers_input_is_no_problem(scene, broke
     assert producer.out == [" [x] Sent 'before'", " [x] Sent 'after'"]
     assert producer.err == []
     assert broker.bodies("heartbeats-pause") == [b"before", b"after"]
+
+
+# ---- Without a broker ----
+
+
+def test_workers_and_tasks_outlive_their_broker(broker, worker, run, send, queue):
+    url = broker.url
+    in_mid_task = worker("-q", f"{queue}-busy", url=url)
+    idle = worker("-q", f"{queue}-idle", url=url)
+    send(broker, f"{queue}-later", "nobody is here")
+    broker.settle()
+    long = "long....."
+    send(broker, f"{queue}-busy", long, "after")
+    in_mid_task.wait_for("Received")
+
+    broker.kill()
+    for each in (in_mid_task, idle):
+        each.wait_for("retrying in 1 s")
+    early = run(broker, "worker.py", "-q", f"{queue}-later")
+    early.wait_for("retrying in 2 s")
+
+    broker.start()
+    early.wait_for("Done")
+    assert early.tasks("Received") == ["nobody is here"]
+    in_mid_task.wait_for("Done", times=2)
+    assert in_mid_task.tasks("Received") == [long, long, "after"]
+    assert in_mid_task.out[2:4] == [WAITING, f" [x] Received '{long}' (redelivered)"]
+    send(broker, f"{queue}-idle", "back")
+    idle.wait_for("Done")
+    assert idle.out == [WAITING, WAITING, " [x] Received 'back'", " [x] Done"]
+
+
+def test_a_lost_connection_ends_the_work_before_the_worker_reconnects(broker, worker, send, queue):
+    workers = []
+    for number, command in enumerate(([], POLITE, STUBBORN)):
+        workers.append(worker("-q", f"{queue}-{number}", *command, url=broker.url))
+        send(broker, f"{queue}-{number}", LONG)
+        workers[-1].wait_for("Received")
+    pids = [pids_of(each) for each in workers[1:]]
+    broker.rabbitctl_output("close_all_connections", "maintenance")
+    for each in workers:
+        each.wait_for("retrying in 1 s")
+    for each in pids:
+        assert_ended(each)
+    for each in workers:
+        each.wait_for("redelivered")
+        (line,) = each.err
+        assert "maintenance" in line
+        assert not any("Done" in line or "Failed" in line for line in each.out)
+    received = f" [x] Received '{LONG}'"
+    assert workers[0].out == [WAITING, received, WAITING, f"{received} (redelivered)"]
 
 
 def test_the_pause_between_two_attempts_to_connect_grows_to_30_seconds(scene):

@@ -162,11 +162,11 @@ def do(text, shells, broker=None):
         shell.finish()
 
 
-def test_readme_does_what_it_says(fragile_broker, terminal, tmp_path):
+def test_readme_does_what_it_says(broker, terminal, tmp_path):
     folder = shutil.copytree(ROOT, tmp_path / "checkout", ignore=NOT_COPIED)
-    with fragile_broker.channel() as channel:
+    with broker.channel() as channel:
         channel.queue_delete("task_queue")
-    do(README, [Shell(terminal, folder, fragile_broker.url) for _ in range(3)], fragile_broker)
+    do(README, [Shell(terminal, folder, broker.url) for _ in range(3)], broker)
 
 
 def test_no_comment_stands_inside_a_sentence():

@@ -5,11 +5,9 @@ import random
 from soak import soak
 
 
-def test_every_confirmed_task_comes_to_its_end_whatever_is_killed(
-    fragile_broker, fragile_vhosts, tmp_path
-):
-    kind = "quorum" if fragile_broker.version() >= (4, 0) else "classic"
-    with fragile_broker.channel(fragile_vhosts[kind]) as channel:
+def test_every_confirmed_task_comes_to_its_end_whatever_is_killed(broker, vhosts, tmp_path):
+    kind = "quorum" if broker.version() >= (4, 0) else "classic"
+    with broker.channel(vhosts[kind]) as channel:
         for suffix in ("", ".retry", ".dlq"):
             channel.queue_delete(f"task_queue{suffix}")
     faults = {"kills": 3, "outages": 1, "cuts": 1, "stalls": 1}
@@ -17,7 +15,7 @@ def test_every_confirmed_task_comes_to_its_end_whatever_is_killed(
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     vhost = "q" if kind == "quorum" else "%2F"
-    figures = soak([fragile_broker], tmp_path, vhost=vhost, seed=seed, **size, **faults)
+    figures = soak([broker], tmp_path, vhost=vhost, seed=seed, **size, **faults)
     print(figures)
     assert figures["confirmed"] == figures["tasks"]
     wrong = {name: value for name, value in figures.items() if name.startswith(("lost", "wrong"))}
