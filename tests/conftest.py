@@ -30,7 +30,7 @@ for number, handler in (
         signal.signal(number, handler)
 
 # Files that begin first, so that no process is left alone with one of them.
-LONGEST = ["failed_tasks", "readme", "confirms", "cluster", "lost_connection", "signals"]
+LONGEST = ["failed_tasks", "readme", "confirms", "cluster", "lost_connection", "soak", "signals"]
 
 
 def pytest_collection_modifyitems(items):
