@@ -327,7 +327,7 @@ HINTS = {  # pattern in an error: what to do
     "or: sudo systemctl start rabbitmq-server",
     "AuthenticationError": "check the user name and password in the URL",
     "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
-    "IncompatibleProtocolError": "is this a plain AMQP port? For TLS, use amqps://",
+    "IncompatibleProtocolError": "is RabbitMQ still starting? Is this an AMQP port? For TLS: amqps://",
     "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
     "'durable'": "the existing queue is not durable; delete it or choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
