@@ -12,7 +12,7 @@ and what else to do is told in comments, each on a line of its own, between sent
     <!-- wait 1, 2: TEXT -->      until both show a line that holds it, which is then passed over
     <!-- either 1, 2: TEXT -->    until one of them shows it; that one is called 1 from here on
     <!-- press 1, 2: KEY -->
-    <!-- restart -->              the broker (by hand in README; here it is the test's own)
+    <!-- restart 1: TEXT -->      the broker (here the test's own), when that shows it
 """
 
 import contextlib
@@ -145,7 +145,7 @@ def do(text, shells, broker=None):
                 shell.show(normalised("\n".join(lines)))
             elif verb == "columns":
                 columns.remove(shell.show(*columns))
-            elif verb == "wait":
+            elif verb in ("wait", "restart"):
                 shell.wait_for(detail)
             elif verb == "press":
                 shell.press(detail)
