@@ -105,9 +105,9 @@ class Producer:
             self.loop.call_later(0, self.loop.stop)
             self.loop.start()  # notice a connection that was lost while the input paused
         while True:
-            self.lost = self.connection.is_closed
             try:
-                if self.lost:
+                if self.connection.is_closed:
+                    self.lost = True
                     self.connect()
                     tasks = sorted({*self.nacked, *self.unconfirmed.values(), *tasks})
                     self.next_line = tasks[0][0] if tasks else self.next_line

@@ -250,6 +250,23 @@ def test_a_connection_lost_after_the_last_confirmation_is_no_error(producer, net
     assert ours.err == []
 
 
+def test_until_a_new_connection_confirms_a_task_a_refusal_is_no_end(broker, queue, producer):
+    # Given a producer that has lost its connection while it waited for input, and a full queue.
+    limited(broker, queue, **{"x-max-length": 1})
+    ours = producer(broker)
+    write(ours, b"one")
+    ours.wait_for("Sent 'one'")
+    broker.rabbitctl_output("close_all_connections", "for a test")
+    # When it reads on before the first confirmation, which is a refusal, then it tries again.
+    tasks = [b"%0100d" % number for number in range(600)]  # they fit into a pipe
+    write(ours, *tasks, end=True)
+    ours.wait_for("reconnecting")
+    with broker.channel() as channel:
+        channel.queue_delete(queue)  # it declares one without a limit
+    assert ours.wait() == 0, ours.err
+    assert take(broker, queue) == tasks
+
+
 def test_a_killed_broker_costs_no_task(broker, queue, producer, network):
     names = ["classic", "quorum", "interrupted", "terminated", "idle"]
     with broker.channel() as channel:
