@@ -7,8 +7,8 @@
 
 A task is printed as sent once the broker has confirmed it. If any task is unconfirmed,
 the exit status is not 0, and standard error says how many were confirmed. The broker must
-be reachable at the start. A lost connection is retried for 30 seconds and unconfirmed tasks
-are sent again, so some may then be in the queue twice.
+be reachable at the start. If the connection is lost later, new_task.py tries to reconnect for
+30 seconds and sends unconfirmed tasks again, so some may then be in the queue twice.
 """
 
 import argparse
@@ -33,6 +33,7 @@ MAX_UNCONFIRMED = 1000  # tasks, before more input is read
 MAX_UNCONFIRMED_BYTES = 1_000_000
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException)  # what pika raises
+# Tasks refused or returned, the queue deleted, an alarm: retried only on a new connection.
 NOT_RETRIED = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
 
 
@@ -51,7 +52,7 @@ class Producer:
         self.nacked = []  # tasks that the broker has refused
         self.confirmed = 0  # tasks
         self.next_line = 1  # first line not yet published
-        self.lost = False  # the connection, and no task has been confirmed since
+        self.lost = False  # connection lost, and no task confirmed since
         self.give_up_at = 0  # monotonic deadline for reconnecting; 0: not reconnecting
 
     def connect(self):
@@ -62,7 +63,7 @@ class Producer:
         try:
             self.open_channel(durable=True)
         except pika.exceptions.ChannelClosedByBroker as refusal:
-            # A queue that differs (406) will do; so will one that others have declared (403).
+            # A durable queue that differs (406) or that we may not declare (403) is used as it is.
             if refusal.reply_code not in (403, 406) or "'durable'" in refusal.reply_text:
                 raise
             try:
@@ -79,7 +80,7 @@ class Producer:
         self.channel.add_on_return_callback(lambda *_: self.on_event(unroutable))
         self.channel.confirm_delivery(ack_nack_callback=self.on_event)
         self.channel.queue_declare(queue=self.queue, callback=self.on_event, **declaration)
-        self.next_event()
+        self.next_event()  # the queue is declared
 
     def publish(self, tasks):
         queue = self.queue
@@ -101,7 +102,6 @@ class Producer:
         if not self.unconfirmed:
             if not tasks:
                 return
-            self.give_up_at = 0
             self.loop.call_later(0, self.loop.stop)
             self.loop.start()  # notice a connection that was lost while the input paused
         while True:
@@ -109,8 +109,9 @@ class Producer:
                 if self.connection.is_closed:
                     self.lost = True
                     self.connect()
+                    # A set, as tasks that were published are unconfirmed, too.
                     tasks = sorted({*self.nacked, *self.unconfirmed.values(), *tasks})
-                    self.next_line = tasks[0][0] if tasks else self.next_line
+                    self.next_line = tasks[0][0]
                     self.unconfirmed, self.nacked = {}, []
                 self.publish(tasks)
                 tasks = []
@@ -132,13 +133,16 @@ class Producer:
         """Handle a publisher confirm: an ack or nack, of one task or of all up to it."""
         first = next(iter(self.unconfirmed)) if confirm.multiple else confirm.delivery_tag
         for tag in range(first, confirm.delivery_tag + 1):
-            if isinstance(confirm, pika.spec.Basic.Nack) and tag in self.unconfirmed:
+            if tag not in self.unconfirmed:  # confirmed before, by itself
+                continue
+            if isinstance(confirm, pika.spec.Basic.Nack):
                 self.nacked.append(self.unconfirmed[tag])
                 del self.unconfirmed[tag]
-            elif task := self.unconfirmed.pop(tag, None):
+            else:
+                _, body = self.unconfirmed.pop(tag)
                 self.confirmed += 1
                 self.lost, self.give_up_at = False, 0
-                say(f" [x] Sent {shown(task[1])}")
+                say(f" [x] Sent {shown(body)}")
 
     # ---- Waiting for pika's callbacks ----
 
@@ -169,7 +173,7 @@ class Producer:
 def batches(words):
     """Yield pairs: a list of (line number, body), and how many tasks may stay unconfirmed.
 
-    Put a source of your own here; the limit is 0 before a wait, as nothing answers heartbeats.
+    Put your own source here. Yield 0 before any wait, as nothing answers heartbeats meanwhile.
     """
     if words != ["-"]:
         yield [(1, os.fsencode(" ".join(words)) if words else b"Hello World!")], 0
@@ -180,7 +184,7 @@ def batches(words):
     while not ended:
         piece = os.read(0, 16384)  # what is available: up to thousands of short lines
         ended = not piece
-        *lines, end = (piece or b"\n").split(b"\n")
+        *lines, end = (piece or b"\n").split(b"\n")  # the end of the input ends a line, too
         if lines:
             lines[0], rest = b"".join([rest, lines[0]]), bytearray()
         rest += end
@@ -238,7 +242,7 @@ def explain(error):
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
     text = getattr(error, "reply_text", None) or f"{type(error).__name__}: {error}"
-    return text + "".join(f" ({HINTS[words]})" for words in HINTS if re.search(words, text))
+    return text + "".join(f" ({HINTS[pattern]})" for pattern in HINTS if re.search(pattern, text))
 
 
 # ---- The command line ----
@@ -251,9 +255,9 @@ TASK_HELP = "words of a task; - alone sends each non-blank line of standard inpu
 
 class Parser(argparse.ArgumentParser):
     def print_help(self, file=None):
-        say(self.format_help(), end="")  # say() notices a full disk
+        say(self.format_help(), end="")  # unlike argparse, notices a full disk
 
-    def error(self, message):  # without any value, as it may be a URL with a password
+    def error(self, message):  # without values, as one may be a URL with a password
         message = re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL)
         text = f"{self.format_usage()}{self.prog}: error: {message}\n"
         with contextlib.suppress(OSError, AttributeError):
@@ -266,11 +270,11 @@ def amqp_urls(urls):
     nodes = []
     for url in re.split(",(?=amqps?://)", urls):
         try:
-            # An unescaped / or @ would put a part of the password into the host, which errors show.
+            # An unescaped / or @ would make part of the password the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
             node = pika.URLParameters(url)
-            node.host.encode("idna")  # as the DNS look-up does
+            node.host.encode("idna")  # as the DNS lookup does
         except Exception:
             raise argparse.ArgumentTypeError(URL_FORM) from None  # the cause may quote a password
         node.client_properties = {"connection_name": f"{sys.argv[0]} {os.getpid()}"}
@@ -304,7 +308,8 @@ def main():
     options = read_command_line()
     for node in options.url:
         node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_FOR
-    producer, status = Producer(options.url, options.queue), 1
+    producer = Producer(options.url, options.queue)
+    status = 1
     try:
         producer.connect()
         for batch in batches(options.words):

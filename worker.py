@@ -44,8 +44,8 @@ class Worker:
         self.has_consumed = False
         self.pause = 1  # seconds until the next attempt to connect
         self.signals = []  # received so far
-        # Signals to record only, for wait() and consume() to act on: none when idle, one with a
-        # task, and any number while a command runs, so that it is never left running.
+        # How many signals are only recorded, for wait() and consume() to act on: 0 when idle, 1
+        # with a task, any number while a command runs, so that it is never left running.
         self.deferred = 0
 
     def consume(self, connection):
@@ -103,8 +103,8 @@ class Worker:
     def sleep(self, ch, body):
         """Sleep a second per dot. Put your own work here.
 
-        Return None when done, or why the task failed; an exception also fails it, but let those
-        of wait() pass. Only wait() answers heartbeats and CTRL+C: long work must call it often.
+        Return None when done, or why the task failed. An exception also fails it, but don't catch
+        those of wait(). Only wait() answers heartbeats and CTRL+C: long work must call it often.
         """
         dots, limit = body.count(b"."), self.options.time_limit
         on_terminal = dots and sys.stdout and sys.stdout.isatty()
@@ -144,7 +144,7 @@ class Worker:
     def wait(self, ch, seconds):
         """Sleep, but answer heartbeats.
 
-        Raises ConsumerCancelled if the broker has taken the task back, SystemExit if told to stop.
+        Raises ConsumerCancelled if the broker has taken the task back, SystemExit to stop at once.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -168,7 +168,7 @@ class Worker:
         self.deferred = deferred
 
     def start_command(self, ch, command, body):
-        """Start a command, in a process group of its own, with a task as its standard input."""
+        """Start a command in its own process group, with a task as its standard input."""
         while True:
             try:
                 with tempfile.TemporaryFile() as task:
@@ -195,7 +195,7 @@ class Worker:
     def move_failed_task(self, ch, properties, body, failure, retries):
         """Publish a copy to QUEUE.retry or, when its retries are used up, to QUEUE.dlq."""
         headers = properties.headers or {}
-        # x-last-error marks a dead letter that is reprocessed: it gets all its retries again.
+        # x-last-error marks a dead letter being reprocessed: it gets all its retries again.
         retried = 0 if "x-last-error" in headers else count(headers, "x-retry-count")
         copied = [name for name in headers if not re.fullmatch(NOT_COPIED, str(name))]
         properties.headers = {name: headers[name] for name in copied}
@@ -227,7 +227,7 @@ class Worker:
                 self.keep_in_hand(ch, f"Can't move the failed task to {queue}: {explain(error)}")
 
     def publish(self, ch, queue, arguments, properties, body):
-        # On a second channel, as errors close it. A memory or disk alarm blocks this until it ends.
+        # Errors close a channel, so use a second one. Blocks during a memory or disk alarm.
         channel = declare(ch.connection, queue, arguments)
         channel.confirm_delivery()
         self.wait(ch, 0)  # is the task still ours?
@@ -253,22 +253,23 @@ class Worker:
                 connection = pika.BlockingConnection(self.options.url)
                 self.consume(connection)
             except ERRORS as error:
-                problem = explain(error)
                 if not self.has_consumed and re.match(PERMANENT, repr(error)):
-                    complain(problem)
+                    complain(explain(error))
                     sys.exit(1)
-            self.report(problem, self.pause)
-            with contextlib.suppress(pika.exceptions.AMQPError, AttributeError):
-                connection.close()
+                self.report(explain(error), self.pause)
+            if connection:
+                with contextlib.suppress(pika.exceptions.AMQPError):
+                    connection.close()
             time.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def report(self, problem, pause):
-        """Report why the work can't go on; exit if told to stop, as the worker is idle now."""
+        """Report why the work can't go on, and exit if told to stop: the worker is idle now."""
         self.deferred = 0
-        complain(problem if self.signals else f"{problem}; retrying in {pause} s")
         if self.signals:
+            complain(problem)
             self.exit()
+        complain(f"{problem}; retrying in {pause} s")
 
     def on_signal(self, number, _):
         self.signals.append(number)
@@ -289,9 +290,9 @@ RETRY_ARGUMENTS = {
     "x-dead-letter-strategy": "at-least-once",
     "x-overflow": "reject-publish",
 }
-# Headers by which the broker would route, count or drop a copy, and those that are replaced.
+# Headers that would make the broker route, count or drop the copy, and those that are replaced.
 NOT_COPIED = "CC|BCC|x-death|x-(first|last)-death-.*|x-(delivery|acquired|retry)-count|x-last-error"
-# Errors that won't go away, unlike a connection limit: login, permission, queue, certificate.
+# Permanent errors, unlike a connection limit: login, permission, queue, certificate.
 PERMANENT = r"(?!.* limit |.* in exclusive use).*(\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED)"
 CANCELLED = "the queue was deleted, or a task took longer than consumer_timeout in rabbitmq.conf"
 
@@ -302,8 +303,8 @@ def declare(connection, queue, arguments=None):
     try:
         channel.queue_declare(queue=queue, durable=True, arguments=arguments)
     except pika.exceptions.ChannelClosedByBroker as refusal:
-        # A queue that differs (406) will do, except as QUEUE.retry; so will one of others (403).
-        usable = (403,) if arguments else (403, 406)
+        # A durable queue that differs (406) or that we may not declare (403) is used as it is.
+        usable = (403,) if arguments else (403, 406)  # QUEUE.retry may not differ
         if refusal.reply_code not in usable or "'durable'" in refusal.reply_text:
             raise
         channel = connection.channel()
@@ -364,7 +365,7 @@ def explain(error):
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
     text = getattr(error, "reply_text", None) or f"{type(error).__name__}: {error}"
-    return text + "".join(f" ({HINTS[words]})" for words in HINTS if re.search(words, text))
+    return text + "".join(f" ({HINTS[pattern]})" for pattern in HINTS if re.search(pattern, text))
 
 
 # ---- The command line ----
@@ -378,9 +379,9 @@ COMMAND_HELP = "run per task, with the task on stdin; exit status 0 means done (
 
 class Parser(argparse.ArgumentParser):
     def print_help(self, file=None):
-        say(self.format_help(), end="")  # say() notices a full disk
+        say(self.format_help(), end="")  # unlike argparse, notices a full disk
 
-    def error(self, message):  # without any value, as it may be a URL with a password
+    def error(self, message):  # without values, as one may be a URL with a password
         message = re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL)
         text = f"{self.format_usage()}{self.prog}: error: {message}\n"
         with contextlib.suppress(OSError, AttributeError):
@@ -393,11 +394,11 @@ def amqp_urls(urls):
     nodes = []
     for url in re.split(",(?=amqps?://)", urls):
         try:
-            # An unescaped / or @ would put a part of the password into the host, which errors show.
+            # An unescaped / or @ would make part of the password the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
             node = pika.URLParameters(url)
-            node.host.encode("idna")  # as the DNS look-up does
+            node.host.encode("idna")  # as the DNS lookup does
         except Exception:
             raise argparse.ArgumentTypeError(URL_FORM) from None  # the cause may quote a password
         node.client_properties = {"connection_name": f"{sys.argv[0]} {os.getpid()}"}
