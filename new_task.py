@@ -46,8 +46,6 @@ class Producer:
 
     def __init__(self, nodes, queue):
         self.nodes, self.queue = nodes, queue
-        self.loop = IOLoop()  # in which pika does all its work
-        self.events = collections.deque()  # from pika, oldest first
         self.unconfirmed = {}  # published tasks by delivery tag: (line number, body)
         self.nacked = []  # tasks that the broker has refused
         self.confirmed = 0  # tasks
@@ -56,9 +54,16 @@ class Producer:
         self.give_up_at = 0  # monotonic deadline for reconnecting; 0: not reconnecting
 
     def connect(self):
-        self.events.clear()
-        pika.SelectConnection.create_connection(self.nodes, self.on_event, custom_ioloop=self.loop)
-        self.connection = self.next_event()
+        for node in self.nodes:  # one by one: pika stops at a name that can't be resolved
+            self.loop = IOLoop()  # in which pika does all its work
+            self.events = collections.deque()  # from pika, oldest first
+            pika.SelectConnection.create_connection([node], self.on_event, custom_ioloop=self.loop)
+            try:
+                self.connection = self.next_event()
+                break
+            except ERRORS:
+                if node is self.nodes[-1]:
+                    raise
         self.connection.add_on_close_callback(self.on_event)
         try:
             self.open_channel(durable=True)

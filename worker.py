@@ -262,6 +262,8 @@ class Worker:
                     connection.close()
             time.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
+            # The next node first: pika tries none after one whose name can't be resolved.
+            self.options.url.append(self.options.url.pop(0))
 
     def report(self, problem, pause):
         """Report why the work can't go on, and exit if told to stop: the worker is idle now."""

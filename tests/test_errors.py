@@ -174,6 +174,10 @@ def test_the_option_goes_before_the_environment_and_several_urls_are_tried_in_or
     nowhere = f"amqp://127.0.0.1:{free_port()}"
     assert run(nowhere, "new_task.py", "-u", broker.url, "-q", queue).wait() == 0
     run(f"{nowhere},{broker.url}", "worker.py", "-q", queue).wait_for("Done")
+    # A node whose name can't be resolved, as if it were gone, is no reason to stop there.
+    urls = f"amqp://host.invalid,{nowhere},{broker.url}"
+    assert run(urls, "new_task.py", "-q", queue).wait() == 0
+    run(urls, "worker.py", "-q", queue).wait_for("Waiting")
 
 
 @both_scripts
