@@ -32,8 +32,8 @@ BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk
 MAX_UNCONFIRMED = 1000  # tasks, before more input is read
 MAX_UNCONFIRMED_BYTES = 1_000_000
 
-ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException)  # what pika raises
-# Tasks refused or returned, the queue deleted, an alarm: retried only on a new connection.
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # from pika
+# Tasks refused or returned, a queue refused, an alarm: retried only while reconnecting.
 NOT_RETRIED = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
 
 
@@ -187,7 +187,11 @@ def batches(words):
         os.set_blocking(0, True)  # an earlier process may have changed it
     count, rest, ended = 0, bytearray(), False  # lines so far; the start of an unfinished line
     while not ended:
-        piece = os.read(0, 16384)  # what is available: up to thousands of short lines
+        try:
+            piece = os.read(0, 16384)  # what is available: up to thousands of short lines
+        except OSError as error:
+            complain(f"Can't read standard input: {error}")
+            sys.exit(1)
         ended = not piece
         *lines, end = (piece or b"\n").split(b"\n")  # the end of the input ends a line, too
         if lines:
@@ -321,10 +325,8 @@ def main():
             producer.send(*batch)
         producer.close()
         status = 0
-    except SystemExit as end:  # a signal, or standard output failed
+    except SystemExit as end:  # a signal, or standard input or output failed
         status = end.code
-    except OSError as error:
-        complain(f"Can't read standard input: {error}")
     except (*ERRORS, MemoryError) as error:
         complain(explain(error))
     if status:

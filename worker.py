@@ -31,7 +31,7 @@ LONGEST_PAUSE = 30  # seconds between attempts
 GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
 MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
 
-ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)  # what pika raises
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # from pika
 # Windows lacks two of these.
 INTERRUPTS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGHUP", "SIGQUIT")}
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import struct
 import sys
 import threading
 
@@ -60,16 +61,19 @@ URLS = [
 
 @pytest.fixture(scope="module")
 def answering():
-    """The ports of a server that talks HTTP, and of one that says nothing."""
+    """The ports of servers: one talks HTTP, one says nothing, one resets every connection."""
     ports = []
-    for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b""):
+    for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None):
 
         def talk(server, answer):
             silent = []
             while True:
                 client, _ = server.accept()
                 silent.append(client)
-                if answer:
+                if answer is None:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    client.close()
+                elif answer:
                     client.recv(100)
                     client.sendall(answer)
                     client.close()
@@ -223,7 +227,7 @@ def test_no_password_is_printed_for_a_mistyped_option(run, script):
 
 
 def unreachable(broker, answering):
-    http, silent = answering
+    http, silent, _ = answering
     nowhere = f"127.0.0.1:{free_port()}"
     return {
         f"amqp://{nowhere}": ["Connection refused", *TO_START],
@@ -265,6 +269,17 @@ def test_a_worker_waits_for_a_broker_longer_and_longer(run, broker, answering):
             worker.wait_for(f"retrying in {pause} s")
         assert all(word in worker.err[0] for word in cases[url]), worker.err
         assert worker.process.poll() is None
+
+
+def test_a_peer_that_resets_every_connection_is_told(run, answering):
+    # Many, as each reset may strike at another line of pika's.
+    url = f"amqp://127.0.0.1:{answering[2]}"
+    producers = [run(url, "new_task.py") for _ in range(20)]
+    workers = [run(url, "worker.py") for _ in range(5)]
+    for producer in producers:
+        refused(producer, "0 tasks confirmed")
+    for worker in workers:
+        worker.wait_for("retrying in 4 s")
 
 
 @pytest.mark.parametrize("user", ["limited", "crowded"])
