@@ -334,7 +334,7 @@ def main():
         line = min([producer.next_line, *left])
         resume = f"; resume from line {line}" if options.words == ["-"] else ""
         complain(f"{producer.confirmed} tasks confirmed{resume}")
-    sys.exit(status)
+    os._exit(status)  # Python's own shutdown may have to wait for a DNS lookup
 
 
 if __name__ == "__main__":

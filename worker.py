@@ -444,9 +444,8 @@ def main():
         sys.exit(1)
     try:
         Worker(options).run()
-    finally:
-        for number in (signal.SIGTERM, *INTERRUPTS):
-            signal.signal(number, signal.SIG_IGN)  # nothing may interrupt Python's shutdown
+    except SystemExit as end:
+        os._exit(end.code)  # Python's own shutdown may have to wait for a DNS lookup
 
 
 if __name__ == "__main__":

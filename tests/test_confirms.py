@@ -185,6 +185,20 @@ def test_a_signal_ends_it_with_the_count(broker, queue, producer, number):
     assert len(done) - len(streaming.out) in (0, 1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_at_its_end_changes_nothing(broker, producer, number):
+    producers = [producer(broker) for _ in range(10)]
+    for ours in producers:
+        write(ours, b"one")
+    for ours in producers:
+        ours.wait_for("Sent 'one'")
+        ours.signal(number)
+        ours.wait_for("tasks confirmed")
+        ours.signal(number)
+    assert {ours.wait() for ours in producers} == {128 + number}
+    assert all(line.startswith(" [!] ") for ours in producers for line in ours.err)
+
+
 def test_input_that_cannot_be_read_any_more_ends_it_with_the_count(broker, queue, producer):
     with socket.create_server(("127.0.0.1", 0)) as server:
         reading = socket.create_connection(server.getsockname())
