@@ -307,7 +307,7 @@ def declare(connection, queue, arguments=None):
     except pika.exceptions.ChannelClosedByBroker as refusal:
         # A durable queue that differs (406) or that we may not declare (403) is used as it is.
         usable = (403,) if arguments else (403, 406)  # QUEUE.retry may not differ
-        if refusal.reply_code not in usable or "'durable'" in refusal.reply_text:
+        if refusal.reply_code not in usable or "arg 'durable'" in refusal.reply_text:
             raise
         channel = connection.channel()
         try:
@@ -332,7 +332,7 @@ HINTS = {  # pattern in an error: what to do
     "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
     "IncompatibleProtocolError": "is RabbitMQ still starting? Is this an AMQP port? For TLS: amqps://",
     "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
-    "'durable'": "the existing queue is not durable; delete it or choose another --queue",
+    "arg 'durable'": "the existing queue is not durable; delete it or choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
 }

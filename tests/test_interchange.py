@@ -72,21 +72,20 @@ def test_a_durable_queue_with_other_properties_is_used_as_it_is_by_any_user(run,
     # Given queues that others have made, and a user who may not configure any.
     broker.rabbitctl_output("add_user", "clerk", "secret")
     broker.rabbitctl_output("set_permissions", "clerk", "^$", ".*", ".*")
-    urls = {name: broker.url for name in OF_OTHERS}
+    urls = {f"{queue}-{name}": broker.url for name in OF_OTHERS}
+    urls["durable"] = broker.url  # the broker's refusals quote the name, and what differs
     urls["clerk"] = broker.url_of(login="clerk:secret")
 
     def declare():  # which is refused if the queue has changed
         with broker.channel() as channel:
             for name in urls:
-                arguments = OF_OTHERS.get(name, OF_OTHERS["priorities"])
-                channel.queue_declare(f"{queue}-{name}", durable=True, arguments=arguments)
+                arguments = OF_OTHERS.get(name.removeprefix(f"{queue}-"), {"x-max-priority": 5})
+                channel.queue_declare(name, durable=True, arguments=arguments)
 
     declare()
     scripts = []
     for name, url in urls.items():
-        scripts += [
-            run(url, each, "-q", f"{queue}-{name}") for each in ("new_task.py", "worker.py")
-        ]
+        scripts += [run(url, each, "-q", name) for each in ("new_task.py", "worker.py")]
     for producer, worker in zip(scripts[::2], scripts[1::2]):
         assert producer.wait() == 0, producer.err
         worker.wait_for("Done")
