@@ -286,7 +286,8 @@ def amqp_urls(urls):
             node.host.encode("idna")  # as the DNS lookup does
         except Exception:
             raise argparse.ArgumentTypeError(URL_FORM) from None  # the cause may quote a password
-        node.client_properties = {"connection_name": f"{sys.argv[0]} {os.getpid()}"}
+        name = f"{os.path.basename(sys.argv[0])} {os.getpid()}"  # for rabbitmqctl list_connections
+        node.client_properties = node.client_properties or {"connection_name": name}
         nodes.append(node)
     return nodes
 

@@ -186,8 +186,10 @@ def test_the_option_goes_before_the_environment_and_several_urls_are_tried_in_or
 
 @both_scripts
 def test_a_script_works_alone_in_another_folder(broker, queue, tmp_path, script):
-    shutil.copy(ROOT / script, tmp_path)
-    alone = Script([tmp_path / script, "-q", queue], broker.url)
+    folder = tmp_path / "\udcff"  # not even its name is UTF-8
+    folder.mkdir()
+    shutil.copy(ROOT / script, folder)
+    alone = Script([folder / script, "-q", queue], broker.url)
     try:
         alone.wait_for("Sent" if script == "new_task.py" else "Waiting")
     finally:
