@@ -98,8 +98,8 @@ class Producer:
                 exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
             )
 
-    def send(self, tasks, max_unconfirmed):
-        """Publish tasks, then wait until no more than max_unconfirmed are unconfirmed.
+    def send(self, tasks, limit):
+        """Publish tasks, then wait until no more than the limit are unconfirmed.
 
         After a lost connection, reconnect and publish the unconfirmed ones again; until the next
         confirmation, every error is retried.
@@ -120,7 +120,7 @@ class Producer:
                     self.unconfirmed, self.nacked = {}, []
                 self.publish(tasks)
                 tasks = []
-                while len(self.unconfirmed) > (0 if self.nacked else max_unconfirmed):
+                while len(self.unconfirmed) > (0 if self.nacked or self.events else limit):
                     self.on_confirm(self.next_event().method)
                 if not self.nacked:
                     return
