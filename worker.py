@@ -215,7 +215,7 @@ class Worker:
             queue, arguments = f"{self.options.queue}.dlq", None
             properties.expiration = None
             properties.headers["x-retry-count"] = retried
-            properties.headers["x-last-error"] = failure
+            properties.headers["x-last-error"] = str(failure)[:1000]
             say(f" [!] Failed: {failure}; moved to {queue}")
 
         while True:
