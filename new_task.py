@@ -210,7 +210,7 @@ def batches(words):
 # ---- The terminal ----
 
 HINTS = {  # pattern in an error: what to do
-    "Connection refused": "is RabbitMQ running? To start it: docker compose up -d --wait, "
+    "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
     "AuthenticationError": "check the user name and password in the URL",
     "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
@@ -242,7 +242,7 @@ def say(line, **options):
 def complain(text):
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     with contextlib.suppress(OSError, AttributeError):
-        os.write(sys.stderr.fileno(), f" [!] {line}\n".encode(errors="backslashreplace"))
+        os.write(sys.stderr.fileno(), f" [!] {line}\n".encode())
 
 
 def explain(error):

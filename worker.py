@@ -160,7 +160,7 @@ class Worker:
     def keep_in_hand(self, ch, problem):
         """Keep a task that can't be finished now, until the next attempt.
 
-        Requeuing it would count as a delivery, and a quorum queue drops it after 20.
+        Requeued, it would come back at once, and a quorum queue may drop it after 20 deliveries.
         """
         deferred = self.deferred
         self.report(problem, LONGEST_PAUSE)
@@ -179,7 +179,7 @@ class Worker:
                 self.keep_in_hand(ch, f"Can't run {command[0]}: {explain(error)}")
 
     def end_command(self, process):
-        """End a command and all that it has started: with SIGTERM, then with SIGKILL."""
+        """End a command's process group: with SIGTERM, then with SIGKILL."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or another user's
             os.killpg(process.pid, signal.SIGTERM)
             deadline = time.monotonic() + GRACE
@@ -326,7 +326,7 @@ def count(headers, name):
 # ---- The terminal ----
 
 HINTS = {  # pattern in an error: what to do
-    "Connection refused": "is RabbitMQ running? To start it: docker compose up -d --wait, "
+    "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
     "AuthenticationError": "check the user name and password in the URL",
     "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
@@ -358,7 +358,7 @@ def say(line, **options):
 def complain(text):
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     with contextlib.suppress(OSError, AttributeError):
-        os.write(sys.stderr.fileno(), f" [!] {line}\n".encode(errors="backslashreplace"))
+        os.write(sys.stderr.fileno(), f" [!] {line}\n".encode())
 
 
 def explain(error):
