@@ -465,8 +465,8 @@ def test_a_worker_killed_at_any_moment_leaves_a_failed_task_in_one_queue_or_in_t
             options = ["--time-limit", "0.001", "--retries", retries, "--retry-delay", "600"]
             workers.append(worker("-q", f"{queue}-{suffix}", *options, url=url))
         for each in workers:
-            each.wait_for("Failed")
-            time.sleep(moments.uniform(0, 0.03))  # in which some more fail
+            each.wait_for("Failed", times=moments.randint(2, 4))
+            time.sleep(moments.uniform(0, 0.03))
             each.signal(signal.SIGKILL)
         for each in workers:
             assert each.wait() == -signal.SIGKILL
