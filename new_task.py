@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["pika>=1.3.2,<2"]
+# ///
 """Send tasks to a RabbitMQ work queue, for worker.py to process.
 
   new_task.py First message.       one task; each dot is a second of work
@@ -6,15 +10,15 @@
   new_task.py - < tasks.txt        one task for each line of standard input
 
 A task is printed as sent once the broker has confirmed it. If any task is unconfirmed,
-the exit status is not 0, and standard error says how many were confirmed. The broker must
-be reachable at the start. If the connection is lost later, new_task.py tries to reconnect for
-30 seconds and sends unconfirmed tasks again, so some may then be in the queue twice.
+the exit status is not 0, and standard error says why. The broker must be reachable at
+the start. If the connection is lost later, new_task.py tries to reconnect for 30 seconds
+and sends unconfirmed tasks again, so some may then be in the queue twice.
 """
 
 import argparse
 import collections
 import contextlib
-import functools
+import itertools
 import os
 import re
 import reprlib
@@ -28,30 +32,31 @@ from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 RECONNECT_FOR = 30  # seconds to keep trying after the connection is lost
+ANSWER_WITHIN = 30  # seconds for the broker to answer or to confirm the next task
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
-MAX_UNCONFIRMED = 1000  # tasks, before more input is read
-MAX_UNCONFIRMED_BYTES = 1_000_000
+CLOSE_WITHIN = 5  # seconds for the broker to close the connection
+BATCH = 2000  # tasks that may be unconfirmed at the same time, at most
+READ = 512 * 1024  # bytes of input to read for them, at most
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # from pika
-# Tasks refused or returned, a queue refused, an alarm: retried only while reconnecting.
-NOT_RETRIED = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
+# Tasks or a queue refused, an alarm: reconnecting would not help.
+REFUSALS = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
 
 
 class Producer:
-    """Publishes tasks to a queue, and keeps each one until the broker has confirmed it.
+    """Publishes batches of tasks to a queue, and waits for each batch to be confirmed.
 
-    pika's BlockingConnection would wait for each confirmation, which is ten times slower than
-    leaving many tasks unconfirmed. SelectConnection calls back instead; see next_event().
+    pika's BlockingConnection would wait for each task, which is ten times slower than having
+    a batch of them unconfirmed. SelectConnection calls back instead; see next_event().
     """
 
     def __init__(self, nodes, queue):
         self.nodes, self.queue = nodes, queue
-        self.unconfirmed = {}  # published tasks by delivery tag: (line number, body)
-        self.nacked = []  # tasks that the broker has refused
-        self.confirmed = 0  # tasks
-        self.next_line = 1  # first line not yet published
-        self.lost = False  # connection lost, and no task confirmed since
-        self.give_up_at = 0  # monotonic deadline for reconnecting; 0: not reconnecting
+        self.unconfirmed = {}  # tasks of the batch that is being sent: body by line number
+        self.next_line = 1  # the line after that batch
+        self.confirmed = 0  # tasks so far
+        blocked_for = max(node.blocked_connection_timeout for node in nodes)
+        self.patience = max(ANSWER_WITHIN, blocked_for + 1)  # seconds
 
     def connect(self):
         for node in self.nodes:  # one by one: pika stops at a name that can't be resolved
@@ -69,7 +74,7 @@ class Producer:
             self.open_channel(durable=True)
         except pika.exceptions.ChannelClosedByBroker as refusal:
             # A durable queue that differs (406) or that we may not declare (403) is used as it is.
-            if refusal.reply_code not in (403, 406) or "arg 'durable'" in refusal.reply_text:
+            if refusal.reply_code not in (403, 406) or re.search(UNSAFE, refusal.reply_text):
                 raise
             try:
                 self.open_channel(passive=True)
@@ -78,76 +83,72 @@ class Producer:
 
     def open_channel(self, **declaration):
         self.connection.channel(on_open_callback=self.on_event)
-        self.channel = self.next_event()
+        self.channel = self.next_event(self.patience)
         self.tag = 0  # delivery tag of the last task published on this channel
         self.channel.add_on_close_callback(self.on_event)
         unroutable = pika.exceptions.UnroutableError([self.queue])
         self.channel.add_on_return_callback(lambda *_: self.on_event(unroutable))
         self.channel.confirm_delivery(ack_nack_callback=self.on_event)
         self.channel.queue_declare(queue=self.queue, callback=self.on_event, **declaration)
-        self.next_event()  # the queue is declared
+        self.next_event(self.patience)  # the queue is declared
 
-    def publish(self, tasks):
+    def send(self, tasks):
+        """Publish a batch of tasks (body by line number), and return when all are confirmed.
+
+        If the connection is lost, reconnect and publish those again that are not confirmed; from
+        then on every error is retried, as a node may be down or a queue without a leader.
+        """
+        self.unconfirmed = tasks
+        self.next_line = max(tasks) + 1
+        self.loop.call_later(0, self.loop.stop)
+        self.loop.start()  # notice a connection that was lost while the input paused
+        lost, give_up_at = self.connection.is_closed, None
+        while True:
+            try:
+                if lost:
+                    self.connect()
+                return self.publish()
+            except ERRORS as error:
+                if not lost and isinstance(error, REFUSALS):
+                    raise
+                lost = True
+                if not give_up_at:
+                    complain(f"Connection lost: {explain(error)}; reconnecting")
+                    give_up_at = time.monotonic() + RECONNECT_FOR
+                if time.monotonic() > give_up_at:
+                    raise
+            self.close()
+            time.sleep(1)
+            self.nodes.append(self.nodes.pop(0))  # that node may be cut off from the others
+
+    def publish(self):
+        """Publish all unconfirmed tasks, and take the publisher confirms."""
+        lines = {}  # by delivery tag
         queue = self.queue
         properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
-        for line, body in tasks:
+        for line, body in self.unconfirmed.items():
             self.tag += 1
-            self.unconfirmed[self.tag] = line, body
-            self.next_line = line + 1
+            lines[self.tag] = line
             self.channel.basic_publish(
                 exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
             )
 
-    def send(self, tasks, limit):
-        """Publish tasks, then wait until no more than the limit are unconfirmed.
-
-        After a lost connection, reconnect and publish the unconfirmed ones again; until the next
-        confirmation, every error is retried.
-        """
-        if not self.unconfirmed:
-            if not tasks:
-                return
-            self.loop.call_later(0, self.loop.stop)
-            self.loop.start()  # notice a connection that was lost while the input paused
-        while True:
-            try:
-                if self.connection.is_closed:
-                    self.lost = True
-                    self.connect()
-                    # A set, as tasks that were published are unconfirmed, too.
-                    tasks = sorted({*self.nacked, *self.unconfirmed.values(), *tasks})
-                    self.next_line = tasks[0][0]
-                    self.unconfirmed, self.nacked = {}, []
-                self.publish(tasks)
-                tasks = []
-                while len(self.unconfirmed) > (0 if self.nacked or self.events else limit):
-                    self.on_confirm(self.next_event().method)
-                if not self.nacked:
-                    return
-                raise pika.exceptions.NackError(self.nacked)
-            except ERRORS as error:
-                if not self.give_up_at and (self.lost or not isinstance(error, NOT_RETRIED)):
-                    complain(f"Connection lost: {explain(error)}; reconnecting")
-                    self.give_up_at = time.monotonic() + RECONNECT_FOR
-                if time.monotonic() > self.give_up_at:  # always, if not reconnecting
-                    raise
-            self.close()
-            time.sleep(1)
-
-    def on_confirm(self, confirm):
-        """Handle a publisher confirm: an ack or nack, of one task or of all up to it."""
-        first = next(iter(self.unconfirmed)) if confirm.multiple else confirm.delivery_tag
-        for tag in range(first, confirm.delivery_tag + 1):
-            if tag not in self.unconfirmed:  # confirmed before, by itself
-                continue
-            if isinstance(confirm, pika.spec.Basic.Nack):
-                self.nacked.append(self.unconfirmed[tag])
-                del self.unconfirmed[tag]
-            else:
-                _, body = self.unconfirmed.pop(tag)
+        refused = []
+        while lines:
+            confirm = self.next_event(self.patience).method  # an ack or a nack
+            first = next(iter(lines)) if confirm.multiple else confirm.delivery_tag
+            for tag in range(first, confirm.delivery_tag + 1):
+                line = lines.pop(tag, None)
+                if line is None:  # confirmed before, by itself
+                    continue
+                if isinstance(confirm, pika.spec.Basic.Nack):
+                    refused.append(line)
+                    continue
+                body = self.unconfirmed.pop(line)
                 self.confirmed += 1
-                self.lost, self.give_up_at = False, 0
                 say(f" [x] Sent {shown(body)}")
+        if refused:
+            raise pika.exceptions.NackError(refused)
 
     # ---- Waiting for pika's callbacks ----
 
@@ -156,10 +157,18 @@ class Producer:
         self.events.append(arguments[-1])
         self.loop.stop()
 
-    def next_event(self):
-        """Run pika's loop until there is an event; return it, or raise it if it is an error."""
+    def next_event(self, seconds=None):
+        """Run pika's loop until there is an event; return it, or raise it if it is an error.
+
+        Raises TimeoutError if there is none within so many seconds.
+        """
+        if seconds:
+            silence = TimeoutError(f"no answer from the broker within {seconds:g} s")
+            timer = self.loop.call_later(seconds, lambda: self.on_event(silence))
         while not self.events:
             self.loop.start()
+        if seconds:
+            self.loop.remove_timeout(timer)
         event = self.events.popleft()
         if isinstance(event, Exception):
             raise event
@@ -168,7 +177,9 @@ class Producer:
     def close(self):
         if self.connection.is_open:
             self.connection.close()
-        while not self.connection.is_closed:
+        deadline = time.monotonic() + CLOSE_WITHIN
+        self.loop.call_later(CLOSE_WITHIN, self.loop.stop)
+        while not self.connection.is_closed and time.monotonic() < deadline:
             self.loop.start()
 
 
@@ -176,39 +187,52 @@ class Producer:
 
 
 def batches(words):
-    """Yield pairs: a list of (line number, body), and how many tasks may stay unconfirmed.
-
-    Put your own source here. Yield 0 before any wait, as nothing answers heartbeats meanwhile.
-    """
+    """Yield batches of tasks: body by line number. Put your own source of tasks here."""
     if words != ["-"]:
-        yield [(1, os.fsencode(" ".join(words)) if words else b"Hello World!")], 0
+        yield {1: os.fsencode(" ".join(words)) if words else b"Hello World!"}
         return
-    with contextlib.suppress(AttributeError, OSError):  # on Windows
-        os.set_blocking(0, True)  # an earlier process may have changed it
-    count, rest, ended = 0, bytearray(), False  # lines so far; the start of an unfinished line
+    count, rest, ended = 0, b"", False  # lines so far; the start of an unfinished line
     while not ended:
         try:
-            piece = os.read(0, 16384)  # what is available: up to thousands of short lines
+            piece, ended = read_input()
+            *lines, rest = (rest + piece).split(b"\n")
+            if not lines and not ended:  # a long line, or one that comes slowly
+                rest += sys.stdin.buffer.readline()
+                ended = not rest.endswith(b"\n")
+                lines, rest = [rest.removesuffix(b"\n")], b""
         except OSError as error:
             complain(f"Can't read standard input: {error}")
             sys.exit(1)
-        ended = not piece
-        *lines, end = (piece or b"\n").split(b"\n")  # the end of the input ends a line, too
-        if lines:
-            lines[0], rest = b"".join([rest, lines[0]]), bytearray()
-        rest += end
-        tasks = [(line, body) for line, body in enumerate(lines, count + 1) if body.strip()]
+        if ended:
+            lines.append(rest)
+        tasks = ((line, body) for line, body in enumerate(lines, count + 1) if body.strip())
+        while batch := dict(itertools.islice(tasks, BATCH)):
+            yield batch
         count += len(lines)
-        limit = 0  # before a read that may block
-        with contextlib.suppress(OSError):  # Windows can't tell
-            if not ended and select.select([0], [], [], 0)[0]:
-                longest = max((len(body) for _, body in tasks), default=1)
-                limit = min(MAX_UNCONFIRMED, MAX_UNCONFIRMED_BYTES // longest)
-        yield tasks, limit
+
+
+def read_input():
+    """Return what standard input has, at least a byte, and whether it has ended."""
+    with contextlib.suppress(AttributeError, OSError):  # on Windows
+        os.set_blocking(0, True)  # another process may have changed it
+    data = piece = sys.stdin.buffer.read1(READ)
+    while piece and len(data) < READ and more_to_read():
+        piece = sys.stdin.buffer.read1(READ - len(data))
+        data += piece
+    return data, not piece
+
+
+def more_to_read():
+    try:
+        return select.select([0], [], [], 0)[0]
+    except OSError:  # Windows can't tell
+        return False
 
 
 # ---- The terminal ----
 
+UNSAFE = "arg 'durable'|the value 'stream'"  # why the broker refuses a queue that can't be used
+UNREADABLE = "lost: .*(out of range|cannot convert|too large|InvalidField)"
 HINTS = {  # pattern in an error: what to do
     "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
@@ -217,8 +241,11 @@ HINTS = {  # pattern in an error: what to do
     "IncompatibleProtocolError": "is RabbitMQ still starting? Is this an AMQP port? For TLS: amqps://",
     "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
     "arg 'durable'": "the existing queue is not durable; delete it or choose another --queue",
+    "the value 'stream'": "a stream can't be used as a work queue; choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
+    "no answer": "is the broker stuck, or has the queue lost the majority of its nodes?",
+    UNREADABLE: "a message in the queue may have a header that pika can't read",
 }
 SHORTENED = reprlib.Repr()
 SHORTENED.maxstring = SHORTENED.maxother = 200  # characters
@@ -229,24 +256,36 @@ def shown(body):
     return SHORTENED.repr(body.decode(errors="surrogateescape"))
 
 
+def printable(text):
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def say(line, **options):
     """Print a line; exit if standard output can't be written."""
     try:
         print(line, **options)
     except OSError as error:
         complain(f"Can't write to standard output: {explain(error)}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails
         sys.exit(1)
 
 
 def complain(text):
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    with contextlib.suppress(OSError, AttributeError):
-        os.write(sys.stderr.fileno(), f" [!] {line}\n".encode())
+    """Print a line to standard error, if that can be written."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f" [!] {printable(text)}\n".encode())
+
+
+def prepare_streams():
+    """Print each line at once, into a pipe, too. Let nothing else take a closed stream's place."""
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def explain(error):
-    """Return the innermost error, with a hint."""
+    """Return the innermost error, which says most, with a hint."""
     inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args]
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
@@ -260,24 +299,13 @@ DEFAULT_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%
 URL_FORM = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, percent-encoded (@ in a password: %40)"
 URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or the local broker)"
 TASK_HELP = "words of a task; - alone sends each non-blank line of standard input"
-
-
-class Parser(argparse.ArgumentParser):
-    def print_help(self, file=None):
-        say(self.format_help(), end="")  # unlike argparse, notices a full disk
-
-    def error(self, message):  # without values, as one may be a URL with a password
-        message = re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL)
-        text = f"{self.format_usage()}{self.prog}: error: {message}\n"
-        with contextlib.suppress(OSError, AttributeError):
-            os.write(sys.stderr.fileno(), text.encode())
-        sys.exit(2)
+LONGEST_NAME = 255  # bytes
 
 
 def amqp_urls(urls):
     """Return pika's connection parameters for comma-separated AMQP URLs."""
     nodes = []
-    for url in re.split(",(?=amqps?://)", urls):
+    for url in re.split(r"\s*,\s*(?=amqps?://)", urls.strip()):
         try:
             # An unescaped / or @ would make part of the password the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
@@ -292,16 +320,24 @@ def amqp_urls(urls):
     return nodes
 
 
+def queue_name(name):
+    if not name.isprintable() or not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"expected 1 to {LONGEST_NAME} bytes of printable text")
+    return name
+
+
 def read_command_line():
-    # A fixed width saves the import of shutil at every start.
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=88)
-    parser = Parser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("-u", "--url", type=amqp_urls, default=DEFAULT_URL, help=URL_HELP)
-    parser.add_argument("-q", "--queue", default="task_queue", help="default: task_queue")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="TASK", help=TASK_HELP)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    url = {"dest": "nodes", "metavar": "URL", "type": amqp_urls, "default": DEFAULT_URL}
+    option("-u", "--url", **url, help=URL_HELP)
+    option("-q", "--queue", type=queue_name, default="task_queue", help="default: task_queue")
+    option("words", nargs=argparse.REMAINDER, metavar="TASK", help=TASK_HELP)
     options = parser.parse_args()
-    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= 255:
-        parser.error("--queue: expected 1 to 255 bytes of printable text")
     if options.words[:1] == ["--"]:
         del options.words[0]
     if options.words == ["-"] and not sys.stdin:
@@ -310,33 +346,35 @@ def read_command_line():
 
 
 def main():
-    if sys.stdout:
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    prepare_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored in the background
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     options = read_command_line()
-    for node in options.url:
+    for node in options.nodes:
         node.blocked_connection_timeout = node.blocked_connection_timeout or BLOCKED_FOR
-    producer = Producer(options.url, options.queue)
-    status = 1
+    producer = Producer(options.nodes, options.queue)
     try:
         producer.connect()
         for batch in batches(options.words):
-            producer.send(*batch)
+            producer.send(batch)
         producer.close()
-        status = 0
+        return 0
     except SystemExit as end:  # a signal, or standard input or output failed
         status = end.code
     except (*ERRORS, MemoryError) as error:
         complain(explain(error))
-    if status:
-        left = [line for line, _ in [*producer.nacked, *producer.unconfirmed.values()]]
-        line = min([producer.next_line, *left])
-        resume = f"; resume from line {line}" if options.words == ["-"] else ""
-        complain(f"{producer.confirmed} tasks confirmed{resume}")
-    os._exit(status)  # Python's own shutdown may have to wait for a DNS lookup
+        status = 1
+    if options.words == ["-"]:
+        line = next(iter(producer.unconfirmed), producer.next_line)
+        tasks = "1 task" if producer.confirmed == 1 else f"{producer.confirmed} tasks"
+        complain(f"{tasks} confirmed; resume from line {line}")
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        code = main()
+    except SystemExit as end:  # of argparse
+        code = end.code
+    os._exit(code)  # Python's own shutdown may have to wait for a DNS lookup

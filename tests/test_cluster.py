@@ -5,7 +5,8 @@ import subprocess
 import threading
 import time
 
-from conftest import longest_pause
+import pytest
+from conftest import longest_pause, refused
 from servers import start_cluster, wait_until
 
 STOOD_STILL = 10  # seconds that are allowed, from the death of a node to the next task
@@ -37,8 +38,13 @@ def leader(nodes, queue):
     return next((node for node in nodes if node.node == leaders[queue]), None)
 
 
-def test_scripts_go_on_when_their_node_and_the_queues_leader_die(run, new_broker, queue):
-    first, connected, other = nodes = start_cluster(new_broker)
+@pytest.fixture(scope="module")
+def nodes(new_broker):
+    return start_cluster(new_broker)
+
+
+def test_scripts_go_on_when_their_node_and_the_queues_leader_die(run, nodes, queue):
+    first, connected, other = nodes
     # A quorum queue that the first node leads, and a classic one that only another node holds.
     with first.channel(first.url_of(vhost="q")) as channel:
         channel.queue_declare(queue, durable=True)
@@ -83,3 +89,20 @@ def test_scripts_go_on_when_their_node_and_the_queues_leader_die(run, new_broker
     assert worker.wait() == 0
     survivor = next(node for node in nodes if node is not dying)
     assert survivor.ready(queue, survivor.url_of(vhost="q")) == 0
+
+
+def test_a_queue_that_has_lost_its_majority_is_given_up_with_the_reason(run, nodes, queue):
+    survivor, *others = (node for node in nodes if node.running())
+    url = survivor.url_of(vhost="q")
+    producer = run(url, "new_task.py", "-q", queue, "-", stdin=subprocess.PIPE)
+    producer.process.stdin.write(b"one\n")
+    producer.process.stdin.flush()
+    producer.wait_for("Sent 'one'")
+    for node in others:
+        node.kill()
+    producer.process.stdin.write(b"two\n")
+    producer.process.stdin.close()
+    producer.wait_for("Connection lost", timeout=40)
+    producer.wait_for("confirmed", timeout=80)
+    refused(producer, "no answer", "majority", "1 task confirmed; resume from line 2")
+    assert producer.tasks("Sent") == ["one"]

@@ -78,4 +78,4 @@ def test_a_certificate_that_does_not_verify_is_refused(
     }
     for url, ended in {url: run(url, script, "-q", queue) for url in cases}.items():
         refused(ended, "CERTIFICATE_VERIFY_FAILED", cases[url])
-        assert len(ended.err) == (2 if script == "new_task.py" else 1)
+        assert len(ended.err) == 1
