@@ -1,9 +1,14 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["pika>=1.3.2,<2"]
+# ///
 """Process the tasks that new_task.py sends to a RabbitMQ work queue.
 
-  worker.py                          sleep a second for each dot in a task
-  worker.py --prefetch-count 0       no limit on prefetched tasks: round-robin dispatch
-  worker.py -q thumbs ./thumb.py     run a command per task, with the task on stdin
+  worker.py                                  sleep a second for each dot in a task
+  worker.py --prefetch-count 0               no limit on prefetched tasks: round-robin dispatch
+  worker.py -q thumbs --function thumbs:make call a Python function with each task, as bytes
+  worker.py -q thumbs ./thumb.sh             run a command for each task, with the task on stdin
 
 Start as many workers as you like: each task goes to one of them. It is acknowledged when
 done, so if a worker dies, another gets its task, which may then be done twice. A failed
@@ -14,7 +19,10 @@ a worker; SIGTERM lets it finish its task; a second signal stops it at once.
 import argparse
 import collections
 import contextlib
+import inspect
+import math
 import os
+import pkgutil
 import re
 import reprlib
 import shutil
@@ -23,17 +31,24 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 import pika
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
+TICK = 0.1  # seconds, at most, between two looks at the connection and at signals
 LONGEST_PAUSE = 30  # seconds between attempts
+LASTED = 60  # seconds of a connection, after which the pauses start over
 GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
 MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # from pika
 # Windows lacks two of these.
 INTERRUPTS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGHUP", "SIGQUIT")}
+
+
+class TimeLimitExceeded(Exception):
+    """The task in hand has taken longer than --time-limit."""
 
 
 class Worker:
@@ -44,9 +59,11 @@ class Worker:
         self.has_consumed = False
         self.pause = 1  # seconds until the next attempt to connect
         self.signals = []  # received so far
-        # How many signals are only recorded, for wait() and consume() to act on: 0 when idle, 1
-        # with a task, any number while a command runs, so that it is never left running.
-        self.deferred = 0
+        # A signal ends an idle worker by itself. With a task in hand, a first one is left to wait()
+        # and consume(); while working, so is a second one, as no process may be left running.
+        self.busy = self.working = False
+        self.deadline = math.inf  # of the task, by time.monotonic()
+        self.process = self.pipe = None  # of the function
 
     def consume(self, connection):
         queue = self.options.queue
@@ -59,116 +76,111 @@ class Worker:
         channel.basic_consume(queue=queue, on_message_callback=lambda *task: tasks.append(task))
 
         say(" [*] Waiting for messages. To exit press CTRL+C")
-        self.has_consumed, self.pause = True, 1
+        self.has_consumed = True
         while channel.consumer_tags:
             if tasks and not self.signals:
-                self.callback(*tasks.popleft())
-            self.deferred = 1 if tasks else 0
+                self.busy = True
+                self.process_task(*tasks.popleft())
+            self.busy = bool(tasks)
             if self.signals:
                 channel.stop_consuming()
-                channel.basic_nack(0, multiple=True, requeue=True)  # what was prefetched
+                # Give back what was prefetched. Closing the connection would do that, too, but a
+                # quorum queue counts it as a failed delivery, and drops a task after 20.
+                channel.basic_nack(0, multiple=True, requeue=True)
                 connection.close()
                 self.exit()
             connection.process_data_events(time_limit=0 if tasks else None)
         raise pika.exceptions.ConsumerCancelled(CANCELLED)
 
-    def callback(self, ch, method, properties, body):
-        self.deferred = 1
+    def process_task(self, ch, method, properties, body):
         say(f" [x] Received {shown(body)}{' (redelivered)' if method.redelivered else ''}")
 
-        deliveries = count(properties.headers, "x-delivery-count") if method.redelivered else 0
+        # The first time, this header would be the sender's, not the broker's.
+        deliveries = count_in(properties.headers, "x-delivery-count") if method.redelivered else 0
         if deliveries >= MAX_DELIVERIES:
             failure, retries = f"delivered {deliveries} times, never finished", 0
         else:
             failure, retries = self.work(ch, body), self.options.retries
         if failure:
-            self.move_failed_task(ch, properties, body, failure, retries)
+            self.move_failed_task(ch, properties, body, printable(failure)[:300], retries)
 
         if self.signals:
             ch.stop_consuming()  # otherwise the acknowledgement would bring the next task
         ch.basic_ack(delivery_tag=method.delivery_tag)
+        self.pause = 1
         if not failure:
             say(" [x] Done")
 
     # ---- The work ----
 
     def work(self, ch, body):
+        """Do a task. Return None when it is done, or why it failed."""
+        self.working = True
         try:
-            return self.run_command(ch, body) if self.options.command else self.sleep(ch, body)
-        except Exception as error:
-            if ch.is_open and ch.consumer_tags:
-                return SHORTENED.repr(error)
-            raise  # the task is no longer ours
-
-    def sleep(self, ch, body):
-        """Sleep a second per dot. Put your own work here.
-
-        Return None when done, or why the task failed. An exception also fails it, but don't catch
-        those of wait(). Only wait() answers heartbeats and CTRL+C: long work must call it often.
-        """
-        dots, limit = body.count(b"."), self.options.time_limit
-        on_terminal = dots and sys.stdout and sys.stdout.isatty()
-        try:
-            for second in range(1, dots + 1):
-                if second > limit:
-                    self.wait(ch, limit - second + 1)
-                    return f"time limit of {limit:g} s"
-                self.wait(ch, 1)
-                if on_terminal:
-                    say(".", end="", flush=True)
+            if self.options.function:
+                return self.call_function(ch, body)
+            if self.options.command:
+                return self.run_command(ch, body)
+            return self.sleep(ch, body)
+        except TimeLimitExceeded:
+            return f"time limit of {self.options.time_limit:g} s"
         finally:
-            if on_terminal:
-                say("")
-        return None
+            self.working, self.deadline = False, math.inf
+            for stream in (sys.stdout, sys.stderr):  # some commands leave them non-blocking
+                with contextlib.suppress(AttributeError):  # on Windows
+                    os.set_blocking(stream.fileno(), True)
 
-    def run_command(self, ch, body):
-        self.deferred = sys.maxsize
-        process = self.start_command(ch, self.options.command, body)
-        begin, limit = time.monotonic(), self.options.time_limit
-        try:
-            while process.poll() is None:
-                seconds = time.monotonic() - begin
-                if seconds >= limit:
-                    return f"time limit of {limit:g} s"
-                # Look often at first, so that short commands are not delayed.
-                self.wait(ch, min(max(0.001, seconds / 10), 0.1, limit - seconds))
-        finally:
-            if process.poll() is None:
-                self.end_command(process)
-            self.deferred = 1
+    def wait(self, ch, until=None):
+        """Wait until a moment of time.monotonic(), by default now; let pika answer heartbeats.
 
-        if process.returncode < 0:
-            return f"signal {-process.returncode}: {signal.strsignal(-process.returncode)}"
-        return f"exit status {process.returncode}" if process.returncode else None
-
-    def wait(self, ch, seconds):
-        """Sleep, but answer heartbeats.
-
-        Raises ConsumerCancelled if the broker has taken the task back, SystemExit to stop at once.
+        Raises ConsumerCancelled if the broker has taken the task back, TimeLimitExceeded if the
+        task's deadline comes first, SystemExit if a signal says to stop at once.
         """
-        deadline = time.monotonic() + seconds
+        until = until or time.monotonic()
         while True:
-            left = deadline - time.monotonic()
-            ch.connection.process_data_events(time_limit=min(max(0, left), 0.1))
+            left = min(until, self.deadline) - time.monotonic()
+            ch.connection.process_data_events(time_limit=min(max(0, left), TICK))
             if not ch.consumer_tags:
                 raise pika.exceptions.ConsumerCancelled(CANCELLED)
             if INTERRUPTS.intersection(self.signals) or len(self.signals) > 1:
                 self.exit()
             if left <= 0:
+                if self.deadline < until:
+                    raise TimeLimitExceeded
                 return
 
-    def keep_in_hand(self, ch, problem):
-        """Keep a task that can't be finished now, until the next attempt.
+    def sleep(self, ch, body):
+        """Sleep a second for each dot."""
+        start = time.monotonic()
+        self.deadline = start + self.options.time_limit
+        dots = body.count(b".")
+        on_terminal = dots and sys.stdout.isatty()
+        try:
+            for second in range(1, dots + 1):
+                self.wait(ch, start + second)
+                if on_terminal:
+                    say(".", end="", flush=True)
+        finally:
+            if on_terminal:
+                say("")
 
-        Requeued, it would come back at once, and a quorum queue may drop it after 20 deliveries.
-        """
-        deferred = self.deferred
-        self.report(problem, LONGEST_PAUSE)
-        self.wait(ch, LONGEST_PAUSE)
-        self.deferred = deferred
+    def run_command(self, ch, body):
+        process = self.start_command(ch, body)
+        try:
+            self.deadline = time.monotonic() + self.options.time_limit
+            while process.poll() is None:
+                try:
+                    process.wait(TICK)
+                except subprocess.TimeoutExpired:
+                    self.wait(ch)
+        except BaseException:
+            self.terminate(process)
+            raise
+        return outcome(process.returncode)
 
-    def start_command(self, ch, command, body):
-        """Start a command in its own process group, with a task as its standard input."""
+    def start_command(self, ch, body):
+        """Start the command in a process group of its own, with a task as its standard input."""
+        command = self.options.command
         while True:
             try:
                 with tempfile.TemporaryFile() as task:
@@ -178,25 +190,82 @@ class Worker:
             except OSError as error:
                 self.keep_in_hand(ch, f"Can't run {command[0]}: {explain(error)}")
 
-    def end_command(self, process):
-        """End a command's process group: with SIGTERM, then with SIGKILL."""
+    def terminate(self, process):
+        """End a command, and all that it has started: with SIGTERM, and at last with SIGKILL."""
+        deadline = time.monotonic() + GRACE
         with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or another user's
             os.killpg(process.pid, signal.SIGTERM)
-            deadline = time.monotonic() + GRACE
             while time.monotonic() < deadline and len(self.signals) < 2:
                 process.poll()  # reap it: a zombie still counts as alive
                 os.killpg(process.pid, 0)
                 time.sleep(0.02)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        kill_group(process)
+
+    def call_function(self, ch, body):
+        """Call the function in its process, which may have ended since the last task."""
+        while self.process.poll() is not None or self.pipe.poll():
+            if problem := self.start_function(ch):
+                self.keep_in_hand(ch, f"Can't call {self.options.function}: {problem}")
+        self.deadline = time.monotonic() + self.options.time_limit
+        with contextlib.suppress(OSError):  # it has ended just now
+            self.pipe.send_bytes(body)
+        return self.answer(ch)
+
+    def start_function(self, ch=None):
+        """Start the function's process: this script once more, see serve().
+
+        Return None when it is ready, or why it is not.
+        """
+        import multiprocessing  # costs a MiB
+
+        self.pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            fd = theirs.fileno()
+            command = [sys.executable, __file__, f"--serve={fd}", *sys.argv[1:]]
+            options = {"pass_fds": [fd], "start_new_session": True, "stdin": subprocess.DEVNULL}
+            try:
+                self.process = subprocess.Popen(command, **options)
+            except OSError as error:
+                return explain(error)
+        return self.answer(ch)
+
+    def answer(self, ch):
+        """Wait for the answer of the function's process: None, or why the call failed.
+
+        Whatever else ends the wait ends the process, too.
+        """
+        try:
+            while not self.pipe.poll(TICK) and self.process.poll() is None:
+                if ch:
+                    self.wait(ch)
+        except BaseException:
+            kill_group(self.process)
+            raise
+        with contextlib.suppress(EOFError, OSError):  # it has ended without an answer
+            if self.pipe.poll():
+                return self.pipe.recv_bytes().decode() or None
+        kill_group(self.process)
+        return outcome(self.process.returncode) or "exit status 0, but no answer"
+
+    def keep_in_hand(self, ch, problem):
+        """Keep a task that can't be finished now, until the next attempt.
+
+        Requeued, it would come back at once, and a quorum queue may drop it after 20 deliveries.
+        """
+        self.exit_or_report(problem, LONGEST_PAUSE)
+        self.wait(ch, time.monotonic() + LONGEST_PAUSE)
+        self.busy = True
 
     # ---- Tasks that fail ----
 
     def move_failed_task(self, ch, properties, body, failure, retries):
-        """Publish a copy to QUEUE.retry or, when its retries are used up, to QUEUE.dlq."""
+        """Publish a copy to QUEUE.retry or, when its retries are used up, to QUEUE.dlq.
+
+        Then say so, on standard output, where the outcome of every task is told.
+        """
         headers = properties.headers or {}
         # x-last-error marks a dead letter being reprocessed: it gets all its retries again.
-        retried = 0 if "x-last-error" in headers else count(headers, "x-retry-count")
+        retried = 0 if "x-last-error" in headers else count_in(headers, "x-retry-count")
         copied = [name for name in headers if not re.fullmatch(NOT_COPIED, str(name))]
         properties.headers = {name: headers[name] for name in copied}
         try:
@@ -210,27 +279,30 @@ class Worker:
             arguments = {**RETRY_ARGUMENTS, "x-dead-letter-routing-key": self.options.queue}
             properties.expiration = str(round(1000 * self.options.retry_delay))
             properties.headers["x-retry-count"] = retried + 1
-            say(f" [!] Failed: {failure}; retrying in {self.options.retry_delay:g} s")
+            fate = f"retrying in {self.options.retry_delay:g} s"
         else:
             queue, arguments = f"{self.options.queue}.dlq", None
             properties.expiration = None
             properties.headers["x-retry-count"] = retried
-            properties.headers["x-last-error"] = str(failure)[:1000]
-            say(f" [!] Failed: {failure}; moved to {queue}")
+            properties.headers["x-last-error"] = failure
+            fate = f"moved to {queue}"
 
         while True:
             try:
-                return self.publish(ch, queue, arguments, properties, body)
+                self.publish_copy(ch, queue, arguments, properties, body)
+                break
             except pika.exceptions.AMQPChannelError as error:
                 if not ch.consumer_tags:
                     raise  # the task is no longer ours
                 self.keep_in_hand(ch, f"Can't move the failed task to {queue}: {explain(error)}")
+        say(f" [!] Failed: {failure}; {fate}")
 
-    def publish(self, ch, queue, arguments, properties, body):
-        # Errors close a channel, so use a second one. Blocks during a memory or disk alarm.
+    def publish_copy(self, ch, queue, arguments, properties, body):
+        """Publish to a queue, and return when the broker has confirmed it: after an alarm, too."""
+        # On a channel of its own, as errors close it.
         channel = declare(ch.connection, queue, arguments)
         channel.confirm_delivery()
-        self.wait(ch, 0)  # is the task still ours?
+        self.wait(ch)  # is the task still ours?
         try:
             channel.basic_publish(
                 exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
@@ -247,27 +319,33 @@ class Worker:
         for number in (signal.SIGTERM, *INTERRUPTS):
             if signal.getsignal(number) != signal.SIG_IGN:  # ignored in the background, or by nohup
                 signal.signal(number, self.on_signal)
+        if self.options.function and (problem := self.start_function()):
+            complain(f"Can't call {self.options.function}: {problem}")
+            sys.exit(1)
         while True:
             connection = None
             try:
-                connection = pika.BlockingConnection(self.options.url)
+                connection = pika.BlockingConnection(self.options.nodes)
+                connected_at = time.monotonic()
                 self.consume(connection)
             except ERRORS as error:
                 if not self.has_consumed and re.match(PERMANENT, repr(error)):
                     complain(explain(error))
                     sys.exit(1)
-                self.report(explain(error), self.pause)
+                if connection and time.monotonic() > connected_at + LASTED:
+                    self.pause = 1
+                self.exit_or_report(explain(error), self.pause)
             if connection:
                 with contextlib.suppress(pika.exceptions.AMQPError):
                     connection.close()
             time.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
             # The next node first: pika tries none after one whose name can't be resolved.
-            self.options.url.append(self.options.url.pop(0))
+            self.options.nodes.append(self.options.nodes.pop(0))
 
-    def report(self, problem, pause):
-        """Report why the work can't go on, and exit if told to stop: the worker is idle now."""
-        self.deferred = 0
+    def exit_or_report(self, problem, pause):
+        """Report why the work can't go on for now; exit if told to stop, from here on at once."""
+        self.busy = False
         if self.signals:
             complain(problem)
             self.exit()
@@ -275,11 +353,64 @@ class Worker:
 
     def on_signal(self, number, _):
         self.signals.append(number)
-        if len(self.signals) > self.deferred:
+        if not self.busy or (len(self.signals) > 1 and not self.working):
             self.exit()
 
     def exit(self):
         sys.exit(130 if INTERRUPTS.intersection(self.signals) else 0)
+
+
+# ---- Processes ----
+
+
+def kill_group(process):
+    """End a process, and all that it has started, at once."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or another user's
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def outcome(status):
+    """Return None for the exit status 0, else a description."""
+    if status < 0:
+        return f"signal {-status}: {signal.strsignal(-status)}"
+    return f"exit status {status}" if status else None
+
+
+def serve(fd, name):
+    """Be the function's process: call it with each body that comes through a pipe.
+
+    Answers b"" when it is ready and after each call, or why that failed.
+    """
+    from multiprocessing.connection import Connection
+
+    os.set_inheritable(fd, False)
+    pipe, process_id = Connection(fd), os.getpid()
+    try:
+        sys.path.insert(0, os.getcwd())
+        function = pkgutil.resolve_name(name)
+        if not callable(function) or inspect.iscoroutinefunction(function):
+            raise TypeError("not a function, or an async one")
+    except BaseException as error:
+        pipe.send_bytes(explain(error).encode(errors="backslashreplace"))
+        os._exit(1)
+    answer = b""
+    with contextlib.suppress(EOFError, OSError):  # the worker has ended
+        while True:
+            pipe.send_bytes(answer)
+            body, answer = pipe.recv_bytes(), b""
+            try:
+                function(body)
+                sys.stdout.flush()
+            except BaseException as error:
+                answer = SHORTENED.repr(error).encode(errors="backslashreplace")
+                lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
+                with contextlib.suppress(OSError):
+                    for line in "".join(lines).splitlines():
+                        print(printable(line), file=sys.stderr)
+            if os.getpid() != process_id:
+                os._exit(0)  # the function has forked: only the original may answer
+    os.killpg(0, signal.SIGKILL)  # whatever it has started
 
 
 # ---- The broker ----
@@ -294,7 +425,8 @@ RETRY_ARGUMENTS = {
 }
 # Headers that would make the broker route, count or drop the copy, and those that are replaced.
 NOT_COPIED = "CC|BCC|x-death|x-(first|last)-death-.*|x-(delivery|acquired|retry)-count|x-last-error"
-# Permanent errors, unlike a connection limit: login, permission, queue, certificate.
+# What is refused again next time: a login or permission (403), a queue (406), a virtual host (530),
+# a certificate. A limit, or another's exclusive use, may end.
 PERMANENT = r"(?!.* limit |.* in exclusive use).*(\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED)"
 CANCELLED = "the queue was deleted, or a task took longer than consumer_timeout in rabbitmq.conf"
 
@@ -305,9 +437,10 @@ def declare(connection, queue, arguments=None):
     try:
         channel.queue_declare(queue=queue, durable=True, arguments=arguments)
     except pika.exceptions.ChannelClosedByBroker as refusal:
-        # A durable queue that differs (406) or that we may not declare (403) is used as it is.
-        usable = (403,) if arguments else (403, 406)  # QUEUE.retry may not differ
-        if refusal.reply_code not in usable or "arg 'durable'" in refusal.reply_text:
+        # A durable queue that differs (406) or that we may not declare (403) is used as it is, but
+        # not a QUEUE.retry that differs: it might lose tasks, or never return them.
+        usable = (403,) if arguments else (403, 406)
+        if refusal.reply_code not in usable or re.search(UNSAFE, refusal.reply_text):
             raise
         channel = connection.channel()
         try:
@@ -317,7 +450,7 @@ def declare(connection, queue, arguments=None):
     return channel
 
 
-def count(headers, name):
+def count_in(headers, name):
     """Return the count in a header, or 0 if it is missing or invalid."""
     value = (headers or {}).get(name)
     return value if isinstance(value, int) and 0 < value < 2**31 else 0
@@ -325,6 +458,8 @@ def count(headers, name):
 
 # ---- The terminal ----
 
+UNSAFE = "arg 'durable'|the value 'stream'"  # why the broker refuses a queue that can't be used
+UNREADABLE = "lost: .*(out of range|cannot convert|too large|InvalidField)"
 HINTS = {  # pattern in an error: what to do
     "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
@@ -333,8 +468,11 @@ HINTS = {  # pattern in an error: what to do
     "IncompatibleProtocolError": "is RabbitMQ still starting? Is this an AMQP port? For TLS: amqps://",
     "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
     "arg 'durable'": "the existing queue is not durable; delete it or choose another --queue",
+    "the value 'stream'": "a stream can't be used as a work queue; choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
+    "no answer": "is the broker stuck, or has the queue lost the majority of its nodes?",
+    UNREADABLE: "a message in the queue may have a header that pika can't read",
 }
 SHORTENED = reprlib.Repr()
 SHORTENED.maxstring = SHORTENED.maxother = 200  # characters
@@ -345,24 +483,36 @@ def shown(body):
     return SHORTENED.repr(body.decode(errors="surrogateescape"))
 
 
+def printable(text):
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def say(line, **options):
     """Print a line; exit if standard output can't be written."""
     try:
         print(line, **options)
     except OSError as error:
         complain(f"Can't write to standard output: {explain(error)}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails
         sys.exit(1)
 
 
 def complain(text):
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    with contextlib.suppress(OSError, AttributeError):
-        os.write(sys.stderr.fileno(), f" [!] {line}\n".encode())
+    """Print a line to standard error, if that can be written."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f" [!] {printable(text)}\n".encode())
+
+
+def prepare_streams():
+    """Print each line at once, into a pipe, too. Let nothing else take a closed stream's place."""
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def explain(error):
-    """Return the innermost error, with a hint."""
+    """Return the innermost error, which says most, with a hint."""
     inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args]
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
@@ -376,25 +526,15 @@ DEFAULT_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%
 URL_FORM = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, percent-encoded (@ in a password: %40)"
 URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or the local broker)"
 PREFETCH_HELP = "unacknowledged tasks the broker may hand over, 0 for no limit (default: 1)"
-COMMAND_HELP = "run per task, with the task on stdin; exit status 0 means done (default: sleep)"
-
-
-class Parser(argparse.ArgumentParser):
-    def print_help(self, file=None):
-        say(self.format_help(), end="")  # unlike argparse, notices a full disk
-
-    def error(self, message):  # without values, as one may be a URL with a password
-        message = re.sub("(=|'|[^ -~]|amqps?://(?!USER)).*", "...", message, flags=re.DOTALL)
-        text = f"{self.format_usage()}{self.prog}: error: {message}\n"
-        with contextlib.suppress(OSError, AttributeError):
-            os.write(sys.stderr.fileno(), text.encode())
-        sys.exit(2)
+FUNCTION_HELP = "call for each task, with its body as bytes; an exception means failed"
+COMMAND_HELP = "run for each task, with it on stdin; exit status 0 means done (default: sleep)"
+LONGEST_NAME = 249  # bytes: 255, less ".retry"
 
 
 def amqp_urls(urls):
     """Return pika's connection parameters for comma-separated AMQP URLs."""
     nodes = []
-    for url in re.split(",(?=amqps?://)", urls):
+    for url in re.split(r"\s*,\s*(?=amqps?://)", urls.strip()):
         try:
             # An unescaped / or @ would make part of the password the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
@@ -409,45 +549,68 @@ def amqp_urls(urls):
     return nodes
 
 
+def queue_name(name):
+    if not name.isprintable() or not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"expected 1 to {LONGEST_NAME} bytes of printable text")
+    return name
+
+
+def number(kind, low, high):
+    """Return a function that reads a number from the command line."""
+
+    def read(text):
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"expected {low} to {high}")
+
+    return read
+
+
 def read_command_line():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option, number = parser.add_argument, {"metavar": "N", "type": int}
-    seconds = {"metavar": "SECONDS", "type": float}
-    option("-u", "--url", type=amqp_urls, default=DEFAULT_URL, help=URL_HELP)
-    option("-q", "--queue", default="task_queue", help="default: task_queue")
-    option("-p", "--prefetch-count", **number, default=1, help=PREFETCH_HELP)
-    option("--retries", **number, default=3, help="retries of a failed task (default: 3)")
-    option("--retry-delay", **seconds, default=30, help="pause before each retry (default: 30)")
-    option("--time-limit", **seconds, default=float("inf"), help="time for a task (default: none)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    option, seconds = parser.add_argument, {"metavar": "SECONDS"}
+    url = {"dest": "nodes", "metavar": "URL", "type": amqp_urls, "default": DEFAULT_URL}
+    count = {"metavar": "N", "type": number(int, 0, 65535)}
+    delay = number(float, 0, 4_294_967)  # 32 bits of milliseconds
+    limit = {"type": number(float, 0.001, math.inf), "default": math.inf}
+    option("-u", "--url", **url, help=URL_HELP)
+    option("-q", "--queue", type=queue_name, default="task_queue", help="default: task_queue")
+    option("-p", "--prefetch-count", **count, default=1, help=PREFETCH_HELP)
+    option("--retries", **count, default=3, help="retries of a failed task (default: 3)")
+    option("--retry-delay", **seconds, type=delay, default=30, help="before each (default: 30)")
+    option("--time-limit", **seconds, **limit, help="for a task (default: none)")
+    option("--function", metavar="MODULE:NAME", help=FUNCTION_HELP)
+    option("--serve", type=int, help=argparse.SUPPRESS)  # the function's process; see serve()
     option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=COMMAND_HELP)
     options = parser.parse_args()
-    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= 249:
-        parser.error("--queue: expected 1 to 249 bytes of printable text")  # 255, less ".retry"
-    if not 0 <= options.prefetch_count <= 65535:
-        parser.error("--prefetch-count: expected 0 to 65535")
-    if options.retries < 0 or not options.time_limit > 0:
-        parser.error("--retries: expected 0 or more; --time-limit: more than 0 seconds")
-    if not 0 <= options.retry_delay <= 4_294_967:
-        parser.error("--retry-delay: expected 0 to 4294967 seconds")  # 32 bits of milliseconds
     if options.command[:1] == ["--"]:
         del options.command[0]
+    if options.function and options.command:
+        parser.error("--function and a COMMAND exclude each other")
     return options
 
 
 def main():
-    if sys.stdout:
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    prepare_streams()
     if hasattr(signal, "SIGCHLD"):  # if it is ignored, commands always seem successful
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     options = read_command_line()
-    if options.command and not (shutil.which(options.command[0]) and hasattr(os, "killpg")):
-        complain(f"Can't run {options.command[0]}: not found, not executable, or on Windows")
+    if options.serve is not None:
+        serve(options.serve, options.function)
+    name = options.function or "".join(options.command[:1])
+    if name and not (hasattr(os, "killpg") and (options.function or shutil.which(name))):
+        complain(f"Can't run {name}: not found, not executable, or on Windows")
         sys.exit(1)
-    try:
-        Worker(options).run()
-    except SystemExit as end:
-        os._exit(end.code)  # Python's own shutdown may have to wait for a DNS lookup
+    Worker(options).run()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        os._exit(end.code)  # Python's own shutdown may have to wait for a DNS lookup

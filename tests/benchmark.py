@@ -8,7 +8,7 @@
 
 To be run by hand on a quiet machine: rates are this machine's, and only their ratios travel.
 The packages in benchmark-requirements.txt take part if they are installed, and so do the programs
-of Debian's amqp-tools.
+of Debian's amqp-tools and redis-server (for RQ).
 """
 
 import argparse
@@ -22,9 +22,10 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import port_for
 import psutil
 from conftest import ROOT
-from servers import servers, wait_until
+from servers import free_port, servers, wait_until
 
 PEERS = ROOT / "tests" / "peers"
 TUTORIAL = ROOT / "tests" / "tutorial"
@@ -39,17 +40,21 @@ KOMBU = [PYTHON, PEERS / "kombu_new_task.py"]
 AIO_PIKA = [PYTHON, PEERS / "aio_pika_new_task.py"]
 CELERY = [PYTHON, PEERS / "celery_tasks.py"]
 DRAMATIQ = [PYTHON, PEERS / "dramatiq_tasks.py"]
+RQ = [PYTHON, PEERS / "rq_tasks.py"]
 
 WORKER = [PYTHON, ROOT / "worker.py"]
+CALLING = [*WORKER, "--function", "builtins:len"]
 LOOP = [PYTHON, TUTORIAL / "worker.py"]
 ACK_LOOP = [PYTHON, PEERS / "ack_loop.py"]
 KOMBU_WORKER = [PYTHON, PEERS / "kombu_worker.py"]
 AIO_PIKA_WORKER = [PYTHON, PEERS / "aio_pika_worker.py"]
 AMQP_CONSUME = ["amqp-consume", "-q", "task_queue", "-p", "1", "cat"]
 CELERY_WORKER = [PYTHON, "-m", "celery", "--app", "celery_tasks", "--quiet", "worker"]
-CELERY_WORKER += ["--pool", "threads", "--concurrency", "1", "--loglevel", "ERROR"]
-CELERY_WORKER += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+CELERY_WORKER += ["--concurrency", "1", "--loglevel", "ERROR"]
+CELERY_WORKER += ["--without-gossip", "--without-mingle", "--without-heartbeat", "--pool"]
+CELERY_THREAD, CELERY_PREFORK = [*CELERY_WORKER, "threads"], [*CELERY_WORKER, "prefork"]
 DRAMATIQ_WORKER = [PYTHON, "-m", "dramatiq", "dramatiq_tasks", "--processes", "1", "--threads", "1"]
+RQ_WORKER = ["sh", "-c", f'exec "{PYTHON}" -m rq.cli worker --quiet --url $REDIS_URL rq']
 
 CONSUMERS = {  # name: command, queue, what fills the queue
     "worker.py": (WORKER, "task_queue", NEW_TASK),
@@ -59,9 +64,17 @@ CONSUMERS = {  # name: command, queue, what fills the queue
     "aio-pika": (AIO_PIKA_WORKER, "task_queue", NEW_TASK),
     "amqp-consume, `cat`": (AMQP_CONSUME, "task_queue", NEW_TASK),
     # Not its solo pool: with late acknowledgement that of 5.7 comes to a halt in mid-stream.
-    "Celery, one thread": (CELERY_WORKER, "celery", CELERY),
-    "Celery, one thread, prefetch 4": (["env", "MULTIPLIER=4", *CELERY_WORKER], "celery", CELERY),
+    "Celery, one thread": (CELERY_THREAD, "celery", CELERY),
+    "Celery, one thread, prefetch 4": (["env", "MULTIPLIER=4", *CELERY_THREAD], "celery", CELERY),
     "Dramatiq, one thread": (DRAMATIQ_WORKER, "dramatiq", DRAMATIQ),
+}
+
+FUNCTIONS = {  # a Python function, called in a process other than the one that has the connection
+    "worker.py": (WORKER, "task_queue", NEW_TASK),
+    "worker.py --function": (CALLING, "task_queue", NEW_TASK),
+    "Celery, prefork pool": (CELERY_PREFORK, "celery", CELERY),
+    "Dramatiq, one thread": (DRAMATIQ_WORKER, "dramatiq", DRAMATIQ),
+    "RQ, a fork for each task": (RQ_WORKER, "rq", RQ),
 }
 
 PRODUCERS = {  # name: command, queue, its share of the lines: fewer for a round trip each
@@ -81,6 +94,7 @@ INSTALLED = {  # how the names of peers begin: whether they are here
     "aio-pika": find_spec("aio_pika"),
     "Celery": find_spec("celery"),
     "Dramatiq": find_spec("dramatiq"),
+    "RQ": find_spec("rq") and shutil.which("redis-server"),
 }
 
 
@@ -98,6 +112,12 @@ class Bench:
             "dramatiq_queue_prefetch": "1",
             "PYTHONUNBUFFERED": "1",  # all print lines as they come, as on a terminal
         }
+        if INSTALLED["RQ"]:
+            port = free_port()
+            redis = ["redis-server", "--port", str(port), "--save", "", "--dir", broker.folder]
+            subprocess.Popen(redis, stdout=subprocess.DEVNULL)
+            wait_until(lambda: port_for.port_is_used(port))
+            self.environment["REDIS_URL"] = f"redis://127.0.0.1:{port}"
 
     def start(self, command, **streams):
         if str(command[0]).startswith("amqp-"):
@@ -108,6 +128,13 @@ class Bench:
     @contextlib.contextmanager
     def queue(self, name):
         """Make a queue anew, where its users agree on how; give what counts its messages."""
+        if name == "rq":
+            from redis import Redis
+
+            with Redis.from_url(self.environment["REDIS_URL"]) as redis:
+                yield lambda: redis.llen("rq:queue:rq")
+                redis.flushall()
+            return
         with self.broker.channel(f"{self.url}?heartbeat=0") as channel:
             channel.queue_delete(name)
             if name == "task_queue":
@@ -177,18 +204,25 @@ def medians(runs, measure, cases):
 
 
 def consumers(bench, options):
+    compare(bench, options, CONSUMERS, "tutorial's loop", "tutorial's")
+
+
+def functions(bench, options):
+    compare(bench, options, FUNCTIONS, "worker.py", "sleeping")
+
+
+def compare(bench, options, cases, base, title):
     def measure(command, name, filler):
         with bench.queue(name) as waiting:
             bench.produce(filler, options.tasks)
             return bench.consume(command, waiting, options.tasks, options.tasks)
 
-    results = medians(options.runs, measure, CONSUMERS)
-    base, _ = results["tutorial's loop"]
+    results = medians(options.runs, measure, cases)
     rows = [
-        (name, f"{rate:.0f}", f"{rate / base:.2f}", f"{peak:.1f}")
+        (name, f"{rate:.0f}", f"{rate / results[base][0]:.2f}", f"{peak:.1f}")
         for name, (rate, peak) in results.items()
     ]
-    table(("consumer, no-op tasks, prefetch 1", "tasks/s", "tutorial's = 1", "peak MiB"), *rows)
+    table(("consumer, no-op tasks, prefetch 1", "tasks/s", f"{title} = 1", "peak MiB"), *rows)
 
 
 def producers(bench, options):
@@ -267,6 +301,7 @@ def scale(bench, options):
 SECTIONS = {
     "scale": scale,
     "consumers": consumers,
+    "functions": functions,
     "producers": producers,
     "one-shot": one_shot,
     "memory": memory,

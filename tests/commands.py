@@ -1,4 +1,4 @@
-"""Commands for a worker to run, and a look at what is left of their processes."""
+"""Commands for a worker to run, and a look at the processes of these and of functions."""
 
 import contextlib
 
@@ -18,6 +18,11 @@ def pids_of(worker):
     worker.wait_for("pids ")
     line = next(line for line in worker.out if line.startswith("pids "))
     return list(map(int, line.split()[1:]))
+
+
+def function_of(worker):
+    """Return the process in which a worker calls its function."""
+    return wait_until(lambda: psutil.Process(worker.process.pid).children())[0]
 
 
 def assert_ended(pids):

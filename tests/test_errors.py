@@ -27,6 +27,7 @@ WRONG_USAGE = [  # arguments, and what is said about them
     *(("worker.py", "--retries", value) for value in ("-1", "1.5")),
     *(("worker.py", "--retry-delay", value) for value in ("-1", "4294968", "nan")),
     *(("worker.py", "--time-limit", value) for value in ("0", "soon", "nan")),
+    ("worker.py", "--retry", "5"),  # of --retries or of --retry-delay?
 ]
 
 SECRETS = ("s3cr3t", "987654", "t0ken")  # no piece of any password may be printed
@@ -179,7 +180,7 @@ def test_the_option_goes_before_the_environment_and_several_urls_are_tried_in_or
     assert run(nowhere, "new_task.py", "-u", broker.url, "-q", queue).wait() == 0
     run(f"{nowhere},{broker.url}", "worker.py", "-q", queue).wait_for("Done")
     # A node whose name can't be resolved, as if it were gone, is no reason to stop there.
-    urls = f"amqp://host.invalid,{nowhere},{broker.url}"
+    urls = f" amqp://host.invalid, {nowhere} ,{broker.url} "
     assert run(urls, "new_task.py", "-q", queue).wait() == 0
     run(urls, "worker.py", "-q", queue).wait_for("Waiting")
 
@@ -203,8 +204,7 @@ def no_secret_in(scripts):
     for script in scripts:
         wait_until(lambda script=script: script.err or script.process.poll() is not None)
         if "retrying" not in "".join(script.err):
-            # Newer versions of argparse take -hURL for -h.
-            assert script.wait() in (1, 2) or "usage" in script.out[0]
+            assert script.wait() in (1, 2)
         printed = "\n".join(script.out + script.err)
         assert not any(secret in printed for secret in SECRETS), printed
 
@@ -218,11 +218,11 @@ def test_no_password_is_printed_for_any_failing_url(run, broker):
 
 
 @both_scripts
-def test_no_password_is_printed_for_a_mistyped_option(run, script):
-    mistyped = ["--ulr={}", "--ulr {}", "-U{}", "-U {}", "--help={}", "-h{}"]
+def test_no_password_is_printed_for_an_invalid_value(run, script):
+    mistaken = ["--url={},", "-u {}@", "--queue={}\n"]
     if script == "worker.py":
-        mistyped += ["-p{}", "--retries {}", "--time-limit={}", "--re={}"]
-    no_secret_in([run("", script, *each.format(URLS[0]).split()) for each in mistyped])
+        mistaken += ["-p{}", "--retries {}", "--time-limit={}", "--retry-delay={}"]
+    no_secret_in([run("", script, *each.format(URLS[0]).split(" ")) for each in mistaken])
 
 
 # ---- The broker ----
@@ -279,9 +279,31 @@ def test_a_peer_that_resets_every_connection_is_told(run, answering):
     producers = [run(url, "new_task.py") for _ in range(20)]
     workers = [run(url, "worker.py") for _ in range(5)]
     for producer in producers:
-        refused(producer, "0 tasks confirmed")
+        refused(producer)
+        assert len(producer.err) == 1
     for worker in workers:
         worker.wait_for("retrying in 4 s")
+
+
+def test_the_pause_grows_while_no_task_is_acknowledged(broker, worker, publish, queue):
+    # A failed task that can't be moved, for want of a second channel, is not done each second.
+    publish(b"task")
+    failing = worker("false", url=f"{broker.url}?channel_max=1")
+    pauses = [1, 2, 4]
+    for pause in pauses:
+        failing.wait_for(f"retrying in {pause} s")
+    assert failing.tasks("Received") == ["task"] * len(pauses)
+
+    # When a task is acknowledged, the pauses start over.
+    done = worker("-q", f"{queue}-done")
+    for pause in (1, 2):
+        broker.rabbitctl_output("close_all_connections", "maintenance")
+        done.wait_for(f"retrying in {pause} s")
+        done.wait_for("Waiting", times=1 + pause)
+    publish(b"task", queue=f"{queue}-done")
+    done.wait_for("Done")
+    broker.rabbitctl_output("close_all_connections", "maintenance")
+    done.wait_for("retrying in 1 s", times=2)
 
 
 @pytest.mark.parametrize("user", ["limited", "crowded"])
@@ -295,6 +317,17 @@ def test_a_limit_on_connections_is_waited_for_by_a_worker(run, broker, users, qu
 
 
 # ---- The queue ----
+
+
+@both_scripts
+def test_a_stream_is_refused(run, broker, queue, script):
+    with broker.channel() as channel:
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "stream"})
+    refused(run(broker, script, "-q", queue), "stream", "--queue")
+    with broker.channel() as channel:  # a queue of this name is used
+        channel.queue_declare("stream", durable=True, arguments={"x-max-priority": 5})
+    used = run(broker, script, "-q", "stream")
+    used.wait_for("Sent" if script == "new_task.py" else "Waiting")
 
 
 @both_scripts

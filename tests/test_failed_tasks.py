@@ -11,7 +11,7 @@ import time
 import pika
 import pika.data
 import pytest
-from commands import GRACE
+from commands import GRACE, function_of
 from servers import wait_until
 
 SOON = ["--retry-delay", "0.2"]
@@ -288,14 +288,14 @@ def test_a_failed_task_that_cannot_be_moved_stays_in_hand_until_a_signal(
 
 
 def test_a_task_stays_in_hand_until_it_can_be_finished(
-    broker, vhosts, worker, not_to_be_run, queue
+    broker, vhosts, worker, not_to_be_run, queue, tmp_path
 ):
     # At the same time, with many heartbeats in the 30 s until the second try:
     workers = {}
 
-    def start(trouble, *arguments, kind="classic"):
+    def start(trouble, *arguments, kind="classic", **more):
         options = ["-q", f"{queue}-{trouble}", "--retry-delay", "600", *arguments]
-        workers[trouble] = worker(*options, url=f"{vhosts[kind]}?heartbeat=2")
+        workers[trouble] = worker(*options, url=f"{vhosts[kind]}?heartbeat=2", **more)
 
     def give(trouble, obstacle=make_nothing, kind="classic"):
         tasks = [b"x" * 20_000, b"next"]
@@ -309,8 +309,15 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
     give("quorum", make_full, kind="quorum")
     start("retry", "false")
     give("retry", make_retry())
-    start("command", not_to_be_run)
+    # The time in hand does not count towards the time limit of a task.
+    start("command", "--time-limit", "5", not_to_be_run)
     give("command")
+    module = tmp_path / "job.py"
+    module.write_text("def do(body): pass")
+    start("function", "--time-limit", "5", "--function", "job:do", cwd=tmp_path)
+    module.write_text("import no_such_module")
+    function_of(workers["function"]).kill()
+    give("function")
     start("room", "md5sum")  # which gets its standard input from a file
     resource.prlimit(workers["room"].process.pid, resource.RLIMIT_FSIZE, (10_000, -1))
     give("room")
@@ -322,14 +329,15 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
             suffix = "retry" if trouble == "retry" else "dlq"
             channel.queue_delete(f"{queue}-{trouble}.{suffix}")
     not_to_be_run.write_text("#!/bin/sh\necho done")
+    module.write_text("def do(body): pass  # mended")
     resource.prlimit(workers["room"].process.pid, resource.RLIMIT_FSIZE, (-1, -1))
 
     # it is finished, and the next one is begun.
     wait_until(lambda: broker.ready(f"{queue}-classic.dlq") == 2)
     wait_until(lambda: broker.ready(f"{queue}-quorum.dlq", vhosts["quorum"]) == 2)
     wait_until(lambda: broker.ready(f"{queue}-retry.retry") == 2)
-    workers["command"].wait_for("Done", times=2)
-    workers["room"].wait_for("Done", times=2)
+    for trouble in ("command", "function", "room"):
+        workers[trouble].wait_for("Done", times=2)
     for each in workers.values():
         assert len(each.tasks("Received")) == 2
         assert not any("redelivered" in line for line in each.out)
@@ -352,7 +360,7 @@ def test_in_an_alarm_a_failed_task_waits_in_hand_and_then_there_is_one_copy(
         command = [*FAIL_IF_BAD, "/dev/null"]
         url = f"{vhosts[kind]}?heartbeat=2"
         workers[name] = worker("-q", f"{queue}-{name}", *retries, *command, url=url)
-        workers[name].wait_for("Failed")
+        workers[name].wait_for("Received")
     states = ["list_connections", "state"]
     wait_until(lambda: broker.rabbitctl_output(*states).count("blocked") == len(kinds))
 
@@ -367,6 +375,7 @@ def test_in_an_alarm_a_failed_task_waits_in_hand_and_then_there_is_one_copy(
     # The others keep their connections for many heartbeats, and say nothing.
     time.sleep(max(0, begin + 20 - time.monotonic()))
     assert all(each.err == [] for each in workers.values())
+    assert not any("Failed" in line for each in workers.values() for line in each.out)
     alarm(False)
 
     # Then there is one copy of each task, and two workers go on.

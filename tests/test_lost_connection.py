@@ -16,6 +16,10 @@ from servers import free_port, wait_until
 HEARTBEAT = 1  # seconds, the shortest that AMQP has
 LONG = "long" + 60 * "."
 LONG_TASK = "long" + 20 * HEARTBEAT * "."
+LONG_CALL = f"time.sleep({21 * HEARTBEAT})"
+LONG_COMPUTATION = f"compute({21 * HEARTBEAT})"
+DO = ["--function", "tests.functions:do"]
+NEVER = ["--function", "tests.functions:never"]  # comes to its end
 PAUSE = 8 * HEARTBEAT
 
 
@@ -30,14 +34,19 @@ def scene(broker):
     scripts = SimpleNamespace(
         sleeping=Script([worker, "-q", "heartbeats"], url),
         running=Script([worker, "-q", "heartbeats-command", "sleep", str(20 * HEARTBEAT)], url),
+        calling=Script([worker, "-q", "heartbeats-calling", *DO], url),
+        computing=Script([worker, "-q", "heartbeats-computing", *DO], url),
         tutorials=Script(["-u", ROOT / "tests" / "tutorial" / "worker.py"], url),
         producer=Script(
             [ROOT / "new_task.py", "-q", "heartbeats-pause", "-"], url, stdin=subprocess.PIPE
         ),
         nowhere=Script([worker], nowhere),
     )
-    for queue in ("heartbeats", "heartbeats-command", "task_queue"):
-        sender = Script([ROOT / "new_task.py", "-q", queue, LONG_TASK], broker.url)
+    tasks = dict.fromkeys(["heartbeats", "heartbeats-command", "task_queue"], LONG_TASK)
+    tasks["heartbeats-calling"] = LONG_CALL
+    tasks["heartbeats-computing"] = LONG_COMPUTATION
+    for queue, task in tasks.items():
+        sender = Script([ROOT / "new_task.py", "-q", queue, task], broker.url)
         assert sender.wait() == 0, sender.err
     scripts.producer.process.stdin.write(b"before\n")
     scripts.producer.process.stdin.flush()
@@ -119,12 +128,13 @@ def test_a_task_that_takes_longer_than_consumer_timeout_is_at_one_worker_at_a_ti
 ):
     url = impatient_broker.urls["quorum"]
     pairs = []
-    for number, command in enumerate([[], ["sleep", "60"]] * 3):
+    work = {"sleep": [], "command": ["sleep", "60"], "function": NEVER}
+    for number, command in enumerate([*work.values()] * 3):
         name = f"{queue}-{number}"
         pairs.append([worker("-q", name, *command, url=url) for _ in range(2)])
         send(url, name, LONG)
-    overlaps = {"sleep": [], "command": []}
-    for workers, kind in zip(pairs, ["sleep", "command"] * 3):
+    overlaps = {kind: [] for kind in work}
+    for workers, kind in zip(pairs, [*work] * 3):
         # One hand-over is waited for: RabbitMQ 4.3.6 may forget the time of the next, until
         # something else happens to the queue.
         wait_until(lambda pair=workers: any("redelivered" in line for w in pair for line in w.out))
@@ -179,11 +189,16 @@ def test_a_classic_queue_has_that_timeout_before_rabbitmq_4_3(
 
 
 def test_a_task_of_20_heartbeats_is_done_once_and_acknowledged(scene, broker):
-    for queue, script in (("heartbeats", scene.sleeping), ("heartbeats-command", scene.running)):
+    for queue, script, task in (
+        ("heartbeats", scene.sleeping, LONG_TASK),
+        ("heartbeats-command", scene.running, LONG_TASK),
+        ("heartbeats-calling", scene.calling, LONG_CALL),
+        ("heartbeats-computing", scene.computing, LONG_COMPUTATION),
+    ):
         script.wait_for("Done")
         script.signal(signal.SIGTERM)
         assert script.wait() == 0
-        assert script.out == [WAITING, f" [x] Received '{LONG_TASK}'", " [x] Done"]
+        assert script.out == [WAITING, f" [x] Received '{task}'", " [x] Done"]
         assert script.err == []
         assert broker.bodies(queue) == []
 

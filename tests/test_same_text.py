@@ -1,11 +1,13 @@
 """The two scripts stand alone; what both need is the same text in both."""
 
 import ast
+import re
 
 from conftest import ROOT
 
+SCRIPTS = ["new_task.py", "worker.py"]
 OWN = {"main", "read_command_line", "on_signal", "ERRORS", "LONGEST_NAME"}
-EXPECTED = {"shown", "say", "complain", "explain", "amqp_urls", "HINTS", "SHORTENED"}
+EXPECTED = {"shown", "say", "complain", "explain", "amqp_urls", "HINTS", "SHORTENED", "UNSAFE"}
 
 
 def definitions(script):
@@ -24,3 +26,14 @@ def test_what_both_scripts_define_is_the_same_text():
     assert both >= EXPECTED
     for name in both:
         assert producer[name] == worker[name]
+
+
+def test_both_scripts_and_requirements_txt_name_the_same_versions():
+    (required,) = (ROOT / "requirements.txt").read_text().split()
+    metadata = [
+        re.search("^# /// script\n(# .*\n)+?# ///$", (ROOT / script).read_text(), re.M)[0]
+        for script in SCRIPTS
+    ]
+    assert metadata[0] == metadata[1]
+    assert f'dependencies = ["{required}"]' in metadata[0]
+    assert 'requires-python = ">=3.9"' in metadata[0]

@@ -137,25 +137,38 @@ def test_ctrl_c_in_a_terminal_ends_the_worker_below_the_dots_of_its_task(
 
 # ---- At any moment ----
 
-BATCHES = 10  # of eight workers
+BATCHES = 10  # of twelve workers
 
 
-def test_whenever_signals_come_no_task_is_lost_and_no_command_is_left(broker, run, queue, tmp_path):
+def functions_of(queues):
+    """The processes that call a function for workers of some queues."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if "--serve" in " ".join(line) and {*queues} & {*line}]
+
+
+def test_whenever_signals_come_no_task_is_lost_and_no_process_is_left(
+    broker, run, queue, tmp_path, monkeypatch
+):
     seed = random.randrange(1_000_000)
     print(f"seed {seed}")
     moments = random.Random(seed)
     record = tmp_path / "record"
+    monkeypatch.setenv("RECORD", str(record))
+    function = ["--function", "tests.functions:record"]
+    unending = ["--function", "tests.functions:never"]
     short = ["sh", "-c", "sleep 0.01; cat >> $0", record]
     endless = ["sleep", f"{10_000 + moments.random()}"]  # no other run's
     term, interrupt = signal.SIGTERM, signal.SIGINT
     any_one_or_two = [[interrupt], [interrupt, term], [term, interrupt], [term, term]]
 
-    # Eight workers at a time: the command of each, how it may be stopped, its exit status.
+    # Twelve workers at a time: the work of each, how it may be stopped, its exit status.
     slots = [
         ([], [[term]], {0}),
         (short, [[term]], {0}),
         (short, any_one_or_two, {0, 130}),
         (endless, any_one_or_two[:3], {130}),
+        (function, any_one_or_two, {0, 130}),
+        (unending, any_one_or_two[:3], {130}),
     ] * 2
     queues = [f"{queue}-{slot}" for slot in range(len(slots))]
     sent, done = [[[] for _ in slots] for _ in range(2)]
@@ -175,7 +188,7 @@ def test_whenever_signals_come_no_task_is_lost_and_no_command_is_left(broker, ru
         for script, (command, possible, _) in zip(workers, slots):
             # Wait for the task in hand, or for one of the next if there are so many.
             begun = len(script.tasks("Received"))
-            last = 1 if command is endless else 50
+            last = 1 if command in (endless, unending) else 50
             script.wait_for("Received", times=min(begun + moments.randint(1, 5), last))
             # A command takes about as long to start.
             time.sleep(moments.uniform(0, 0.003))
@@ -192,6 +205,8 @@ def test_whenever_signals_come_no_task_is_lost_and_no_command_is_left(broker, ru
             if process.info["cmdline"] == endless:
                 problems.append("a command is left")
                 process.kill()
+        # A function's process ends when its worker has ended, if it isn't killed before.
+        wait_until(lambda: not functions_of(queues))
     assert problems == []
 
     # Done, and not there any more, or the other way round; both only after CTRL+C.

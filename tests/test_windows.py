@@ -1,4 +1,4 @@
-"""What the scripts use of a system, Windows has, too; worker.py COMMAND says that it can't there.
+"""What the scripts use of a system, Windows has, too; worker.py says what it can't do there.
 
 The names that Windows lacks are taken away here. Windows itself is not at hand.
 """
@@ -34,7 +34,7 @@ def on_windows(run, broker, queue):
     return start
 
 
-def test_without_what_windows_lacks_all_but_commands_works(on_windows):
+def test_without_what_windows_lacks_all_but_commands_and_functions_works(on_windows):
     assert on_windows("new_task.py", "First message.").wait() == 0
     producer = on_windows("new_task.py", "-", stdin=subprocess.PIPE)
     producer.process.stdin.write(b"Second message..")
@@ -47,7 +47,8 @@ def test_without_what_windows_lacks_all_but_commands_works(on_windows):
     assert worker.wait() == 130
     assert worker.err == []
 
-    with_command = on_windows("worker.py", "wc", "-c")
-    refused(with_command, "wc", "Windows")
-    assert len(with_command.err) == 1
-    assert with_command.out == []
+    for work in (["wc", "-c"], ["--function", "builtins:print"]):
+        refusing = on_windows("worker.py", *work)
+        refused(refusing, work[-1 if "--function" in work else 0], "Windows")
+        assert len(refusing.err) == 1
+        assert refusing.out == []
