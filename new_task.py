@@ -31,15 +31,14 @@ import pika
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-RECONNECT_FOR = 30  # seconds to keep trying after the connection is lost
-ANSWER_WITHIN = 30  # seconds for the broker to answer or to confirm the next task
+PATIENCE = 30  # seconds for the broker to confirm a task, and for reconnecting after that
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
 CLOSE_WITHIN = 5  # seconds for the broker to close the connection
 BATCH = 2000  # tasks that may be unconfirmed at the same time, at most
 READ = 512 * 1024  # bytes of input to read for them, at most
 
-ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # from pika
-# Tasks or a queue refused, an alarm: reconnecting would not help.
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # of pika's
+# The broker refuses a task or the queue, or is blocked by an alarm: reconnecting would not help.
 REFUSALS = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
 
 
@@ -51,20 +50,23 @@ class Producer:
     """
 
     def __init__(self, nodes, queue):
-        self.nodes, self.queue = nodes, queue
+        self.nodes = nodes
+        self.queue = queue
         self.unconfirmed = {}  # tasks of the batch that is being sent: body by line number
         self.next_line = 1  # the line after that batch
         self.confirmed = 0  # tasks so far
+        # Seconds; a second longer than an alarm, for pika to report that first.
         blocked_for = max(node.blocked_connection_timeout for node in nodes)
-        self.patience = max(ANSWER_WITHIN, blocked_for + 1)  # seconds
+        self.patience = max(PATIENCE, blocked_for + 1)
 
     def connect(self):
         for node in self.nodes:  # one by one: pika stops at a name that can't be resolved
-            self.loop = IOLoop()  # in which pika does all its work
+            # pika does all its work in this loop. A new one knows nothing of a lost connection.
+            self.loop = IOLoop()
             self.events = collections.deque()  # from pika, oldest first
             pika.SelectConnection.create_connection([node], self.on_event, custom_ioloop=self.loop)
             try:
-                self.connection = self.next_event()
+                self.connection = self.next_event()  # pika has a time limit of its own here
                 break
             except ERRORS:
                 if node is self.nodes[-1]:
@@ -95,42 +97,49 @@ class Producer:
     def send(self, tasks):
         """Publish a batch of tasks (body by line number), and return when all are confirmed.
 
-        If the connection is lost, reconnect and publish those again that are not confirmed; from
-        then on every error is retried, as a node may be down or a queue without a leader.
+        If the connection is lost, reconnect and publish the unconfirmed ones again. Until the next
+        confirmation, every error is retried: a node may be down, or a queue without a leader.
         """
         self.unconfirmed = tasks
         self.next_line = max(tasks) + 1
+        # Run the loop once, to notice a connection that was lost while the input paused.
         self.loop.call_later(0, self.loop.stop)
-        self.loop.start()  # notice a connection that was lost while the input paused
-        lost, give_up_at = self.connection.is_closed, None
+        self.loop.start()
+        reconnecting, give_up_at = self.connection.is_closed, None
         while True:
+            confirmed = self.confirmed
             try:
-                if lost:
+                if reconnecting:
                     self.connect()
                 return self.publish()
             except ERRORS as error:
-                if not lost and isinstance(error, REFUSALS):
+                if self.confirmed > confirmed:
+                    reconnecting, give_up_at = False, None
+                if not reconnecting and isinstance(error, REFUSALS):
                     raise
-                lost = True
                 if not give_up_at:
                     complain(f"Connection lost: {explain(error)}; reconnecting")
-                    give_up_at = time.monotonic() + RECONNECT_FOR
+                    give_up_at = time.monotonic() + PATIENCE
                 if time.monotonic() > give_up_at:
                     raise
+                reconnecting = True
             self.close()
             time.sleep(1)
-            self.nodes.append(self.nodes.pop(0))  # that node may be cut off from the others
+            self.nodes.append(self.nodes.pop(0))  # another node, as this one may be cut off
 
     def publish(self):
         """Publish all unconfirmed tasks, and take the publisher confirms."""
         lines = {}  # by delivery tag
-        queue = self.queue
-        properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
+        persistent = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
         for line, body in self.unconfirmed.items():
             self.tag += 1
             lines[self.tag] = line
             self.channel.basic_publish(
-                exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
+                exchange="",
+                routing_key=self.queue,
+                body=body,
+                properties=persistent,
+                mandatory=True,
             )
 
         refused = []
@@ -138,9 +147,9 @@ class Producer:
             confirm = self.next_event(self.patience).method  # an ack or a nack
             first = next(iter(lines)) if confirm.multiple else confirm.delivery_tag
             for tag in range(first, confirm.delivery_tag + 1):
-                line = lines.pop(tag, None)
-                if line is None:  # confirmed before, by itself
+                if tag not in lines:  # confirmed earlier
                     continue
+                line = lines.pop(tag)
                 if isinstance(confirm, pika.spec.Basic.Nack):
                     refused.append(line)
                     continue
@@ -153,14 +162,14 @@ class Producer:
     # ---- Waiting for pika's callbacks ----
 
     def on_event(self, *arguments):
-        """Queue a callback's last argument: a connection, a channel, a frame, or an error."""
+        """Note a callback's last argument: a connection, a channel, a frame, or an error."""
         self.events.append(arguments[-1])
         self.loop.stop()
 
     def next_event(self, seconds=None):
         """Run pika's loop until there is an event; return it, or raise it if it is an error.
 
-        Raises TimeoutError if there is none within so many seconds.
+        Raises TimeoutError if there is none within that many seconds.
         """
         if seconds:
             silence = TimeoutError(f"no answer from the broker within {seconds:g} s")
@@ -175,19 +184,26 @@ class Producer:
         return event
 
     def close(self):
+        """Close the connection, if the broker still answers."""
         if self.connection.is_open:
             self.connection.close()
-        deadline = time.monotonic() + CLOSE_WITHIN
-        self.loop.call_later(CLOSE_WITHIN, self.loop.stop)
-        while not self.connection.is_closed and time.monotonic() < deadline:
-            self.loop.start()
+        while not self.connection.is_closed:
+            try:
+                self.next_event(CLOSE_WITHIN)
+            except TimeoutError:
+                return
+            except ERRORS:  # that the channel is closed, then the connection
+                pass
 
 
 # ---- Input ----
 
 
 def batches(words):
-    """Yield batches of tasks: body by line number. Put your own source of tasks here."""
+    """Yield batches of tasks: dicts of up to BATCH bodies by line number, none of them empty.
+
+    Put your own source of tasks here.
+    """
     if words != ["-"]:
         yield {1: os.fsencode(" ".join(words)) if words else b"Hello World!"}
         return
@@ -212,27 +228,29 @@ def batches(words):
 
 
 def read_input():
-    """Return what standard input has, at least a byte, and whether it has ended."""
+    """Return what standard input has, waiting only if that is nothing, and whether it has ended.
+
+    read1() returns first what readline() has left in Python's buffer, which select() can't see.
+    """
     with contextlib.suppress(AttributeError, OSError):  # on Windows
         os.set_blocking(0, True)  # another process may have changed it
     data = piece = sys.stdin.buffer.read1(READ)
-    while piece and len(data) < READ and more_to_read():
+    while piece and len(data) < READ and has_more_input():
         piece = sys.stdin.buffer.read1(READ - len(data))
         data += piece
     return data, not piece
 
 
-def more_to_read():
-    try:
-        return select.select([0], [], [], 0)[0]
-    except OSError:  # Windows can't tell
-        return False
+def has_more_input():
+    with contextlib.suppress(OSError):  # Windows can't tell
+        return bool(select.select([0], [], [], 0)[0])
 
 
-# ---- The terminal ----
+# ---- The terminal (the same in both scripts) ----
 
-UNSAFE = "arg 'durable'|the value 'stream'"  # why the broker refuses a queue that can't be used
-UNREADABLE = "lost: .*(out of range|cannot convert|too large|InvalidField)"
+STREAM = "current is (the value )?'stream'"
+UNSAFE = f"arg 'durable'|{STREAM}"  # why the broker refuses a queue that can't be used
+UNREADABLE = r"Stream connection lost: (Value|Overflow|InvalidField|OSError\(75)"  # by pika
 HINTS = {  # pattern in an error: what to do
     "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
@@ -241,7 +259,7 @@ HINTS = {  # pattern in an error: what to do
     "IncompatibleProtocolError": "is RabbitMQ still starting? Is this an AMQP port? For TLS: amqps://",
     "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
     "arg 'durable'": "the existing queue is not durable; delete it or choose another --queue",
-    "the value 'stream'": "a stream can't be used as a work queue; choose another --queue",
+    STREAM: "a stream can't be used as a work queue; choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
     "no answer": "is the broker stuck, or has the queue lost the majority of its nodes?",
@@ -275,17 +293,8 @@ def complain(text):
         os.write(sys.stderr.fileno(), f" [!] {printable(text)}\n".encode())
 
 
-def prepare_streams():
-    """Print each line at once, into a pipe, too. Let nothing else take a closed stream's place."""
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-
-
 def explain(error):
-    """Return the innermost error, which says most, with a hint."""
+    """Describe the innermost error, which is the most specific, with a hint."""
     inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args]
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
@@ -299,7 +308,6 @@ DEFAULT_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%
 URL_FORM = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, percent-encoded (@ in a password: %40)"
 URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or the local broker)"
 TASK_HELP = "words of a task; - alone sends each non-blank line of standard input"
-LONGEST_NAME = 255  # bytes
 
 
 def amqp_urls(urls):
@@ -307,7 +315,7 @@ def amqp_urls(urls):
     nodes = []
     for url in re.split(r"\s*,\s*(?=amqps?://)", urls.strip()):
         try:
-            # An unescaped / or @ would make part of the password the host, which errors show.
+            # With an unescaped / or @, part of a password would be the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
             node = pika.URLParameters(url)
@@ -320,12 +328,6 @@ def amqp_urls(urls):
     return nodes
 
 
-def queue_name(name):
-    if not name.isprintable() or not 0 < len(name.encode()) <= LONGEST_NAME:
-        raise argparse.ArgumentTypeError(f"expected 1 to {LONGEST_NAME} bytes of printable text")
-    return name
-
-
 def read_command_line():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -335,9 +337,11 @@ def read_command_line():
     option = parser.add_argument
     url = {"dest": "nodes", "metavar": "URL", "type": amqp_urls, "default": DEFAULT_URL}
     option("-u", "--url", **url, help=URL_HELP)
-    option("-q", "--queue", type=queue_name, default="task_queue", help="default: task_queue")
+    option("-q", "--queue", default="task_queue", help="default: task_queue")
     option("words", nargs=argparse.REMAINDER, metavar="TASK", help=TASK_HELP)
     options = parser.parse_args()
+    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= 255:
+        parser.error("--queue: expected 1 to 255 bytes of printable text")
     if options.words[:1] == ["--"]:
         del options.words[0]
     if options.words == ["-"] and not sys.stdin:
@@ -346,9 +350,13 @@ def read_command_line():
 
 
 def main():
-    prepare_streams()
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass  # for standard streams that are closed, or a socket would get their numbers
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # ignored in the background
+        if signal.getsignal(number) != signal.SIG_IGN:  # as shells do for background jobs
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     options = read_command_line()
     for node in options.nodes:
@@ -362,7 +370,7 @@ def main():
         return 0
     except SystemExit as end:  # a signal, or standard input or output failed
         status = end.code
-    except (*ERRORS, MemoryError) as error:
+    except (*ERRORS, MemoryError) as error:  # MemoryError: a line of input is too long
         complain(explain(error))
         status = 1
     if options.words == ["-"]:
@@ -374,7 +382,6 @@ def main():
 
 if __name__ == "__main__":
     try:
-        code = main()
-    except SystemExit as end:  # of argparse
-        code = end.code
-    os._exit(code)  # Python's own shutdown may have to wait for a DNS lookup
+        sys.exit(main())
+    except SystemExit as end:
+        os._exit(end.code)  # Python's own shutdown may have to wait for a DNS lookup

@@ -38,11 +38,11 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 TICK = 0.1  # seconds, at most, between two looks at the connection and at signals
 LONGEST_PAUSE = 30  # seconds between attempts
-LASTED = 60  # seconds of a connection, after which the pauses start over
+STABLE_AFTER = 60  # seconds of a connection, after which the pauses start over
 GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
 MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
 
-ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # from pika
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # of pika's
 # Windows lacks two of these.
 INTERRUPTS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGHUP", "SIGQUIT")}
 
@@ -59,11 +59,12 @@ class Worker:
         self.has_consumed = False
         self.pause = 1  # seconds until the next attempt to connect
         self.signals = []  # received so far
-        # A signal ends an idle worker by itself. With a task in hand, a first one is left to wait()
-        # and consume(); while working, so is a second one, as no process may be left running.
-        self.busy = self.working = False
+        # A signal ends an idle worker at once. If it is busy with a task, wait() or consume() will
+        # notice the first one; while it is working on it, all, so that no process is left running.
+        self.busy = False
+        self.working = False
         self.deadline = math.inf  # of the task, by time.monotonic()
-        self.process = self.pipe = None  # of the function
+        self.process = None  # in which the function is called; self.pipe leads to it
 
     def consume(self, connection):
         queue = self.options.queue
@@ -72,16 +73,16 @@ class Worker:
 
         # The tutorial does the work in this callback. But until it returns, pika can't report that
         # the broker has cancelled the consumer, so the loop below does the work.
-        tasks = collections.deque()
-        channel.basic_consume(queue=queue, on_message_callback=lambda *task: tasks.append(task))
+        deliveries = collections.deque()
+        channel.basic_consume(queue, on_message_callback=lambda *args: deliveries.append(args))
 
         say(" [*] Waiting for messages. To exit press CTRL+C")
         self.has_consumed = True
-        while channel.consumer_tags:
-            if tasks and not self.signals:
+        while channel.consumer_tags:  # until the broker cancels the consumer
+            if deliveries and not self.signals:
                 self.busy = True
-                self.process_task(*tasks.popleft())
-            self.busy = bool(tasks)
+                self.process_task(*deliveries.popleft())
+            self.busy = bool(deliveries)
             if self.signals:
                 channel.stop_consuming()
                 # Give back what was prefetched. Closing the connection would do that, too, but a
@@ -89,18 +90,20 @@ class Worker:
                 channel.basic_nack(0, multiple=True, requeue=True)
                 connection.close()
                 self.exit()
-            connection.process_data_events(time_limit=0 if tasks else None)
+            connection.process_data_events(time_limit=0 if deliveries else None)
         raise pika.exceptions.ConsumerCancelled(CANCELLED)
 
     def process_task(self, ch, method, properties, body):
         say(f" [x] Received {shown(body)}{' (redelivered)' if method.redelivered else ''}")
 
-        # The first time, this header would be the sender's, not the broker's.
+        # Only in a redelivered task is x-delivery-count the broker's, not the sender's.
         deliveries = count_in(properties.headers, "x-delivery-count") if method.redelivered else 0
+        retries = self.options.retries
         if deliveries >= MAX_DELIVERIES:
-            failure, retries = f"delivered {deliveries} times, never finished", 0
+            failure = f"delivered {deliveries} times, never finished"
+            retries = 0
         else:
-            failure, retries = self.work(ch, body), self.options.retries
+            failure = self.work(ch, body)
         if failure:
             self.move_failed_task(ch, properties, body, printable(failure)[:300], retries)
 
@@ -154,14 +157,14 @@ class Worker:
         start = time.monotonic()
         self.deadline = start + self.options.time_limit
         dots = body.count(b".")
-        on_terminal = dots and sys.stdout.isatty()
+        show_dots = dots and sys.stdout.isatty()
         try:
             for second in range(1, dots + 1):
                 self.wait(ch, start + second)
-                if on_terminal:
+                if show_dots:
                     say(".", end="", flush=True)
         finally:
-            if on_terminal:
+            if show_dots:
                 say("")
 
     def run_command(self, ch, body):
@@ -183,33 +186,33 @@ class Worker:
         command = self.options.command
         while True:
             try:
-                with tempfile.TemporaryFile() as task:
-                    task.write(body)
-                    task.seek(0)
-                    return subprocess.Popen(command, stdin=task, start_new_session=True)
+                with tempfile.TemporaryFile() as stdin:
+                    stdin.write(body)
+                    stdin.seek(0)
+                    return subprocess.Popen(command, stdin=stdin, start_new_session=True)
             except OSError as error:
                 self.keep_in_hand(ch, f"Can't run {command[0]}: {explain(error)}")
 
     def terminate(self, process):
-        """End a command, and all that it has started: with SIGTERM, and at last with SIGKILL."""
+        """End a command, and all that it has started: with SIGTERM, finally with SIGKILL."""
         deadline = time.monotonic() + GRACE
         with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or another user's
             os.killpg(process.pid, signal.SIGTERM)
             while time.monotonic() < deadline and len(self.signals) < 2:
                 process.poll()  # reap it: a zombie still counts as alive
-                os.killpg(process.pid, 0)
+                os.killpg(process.pid, 0)  # is any of them left?
                 time.sleep(0.02)
         kill_group(process)
 
     def call_function(self, ch, body):
         """Call the function in its process, which may have ended since the last task."""
-        while self.process.poll() is not None or self.pipe.poll():
+        while self.process.poll() is not None or self.pipe.poll():  # that is, its end
             if problem := self.start_function(ch):
                 self.keep_in_hand(ch, f"Can't call {self.options.function}: {problem}")
         self.deadline = time.monotonic() + self.options.time_limit
         with contextlib.suppress(OSError):  # it has ended just now
             self.pipe.send_bytes(body)
-        return self.answer(ch)
+        return self.wait_for_answer(ch)
 
     def start_function(self, ch=None):
         """Start the function's process: this script once more, see serve().
@@ -218,18 +221,19 @@ class Worker:
         """
         import multiprocessing  # costs a MiB
 
-        self.pipe, theirs = multiprocessing.Pipe()
-        with theirs:
-            fd = theirs.fileno()
-            command = [sys.executable, __file__, f"--serve={fd}", *sys.argv[1:]]
-            options = {"pass_fds": [fd], "start_new_session": True, "stdin": subprocess.DEVNULL}
-            try:
-                self.process = subprocess.Popen(command, **options)
-            except OSError as error:
-                return explain(error)
-        return self.answer(ch)
+        try:
+            self.pipe, theirs = multiprocessing.Pipe()
+            with theirs:
+                fd = theirs.fileno()
+                command = [sys.executable, __file__, f"--serve={fd}", *sys.argv[1:]]
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=[fd], start_new_session=True
+                )
+        except OSError as error:
+            return explain(error)
+        return self.wait_for_answer(ch)
 
-    def answer(self, ch):
+    def wait_for_answer(self, ch):
         """Wait for the answer of the function's process: None, or why the call failed.
 
         Whatever else ends the wait ends the process, too.
@@ -245,7 +249,7 @@ class Worker:
             if self.pipe.poll():
                 return self.pipe.recv_bytes().decode() or None
         kill_group(self.process)
-        return outcome(self.process.returncode) or "exit status 0, but no answer"
+        return outcome(self.process.poll()) or "its process ended without an answer"
 
     def keep_in_hand(self, ch, problem):
         """Keep a task that can't be finished now, until the next attempt.
@@ -261,7 +265,7 @@ class Worker:
     def move_failed_task(self, ch, properties, body, failure, retries):
         """Publish a copy to QUEUE.retry or, when its retries are used up, to QUEUE.dlq.
 
-        Then say so, on standard output, where the outcome of every task is told.
+        Then say so, on standard output, where the outcome of every task is printed.
         """
         headers = properties.headers or {}
         # x-last-error marks a dead letter being reprocessed: it gets all its retries again.
@@ -273,7 +277,7 @@ class Worker:
         except Exception:  # pika can't encode all that it decodes
             properties.headers = {}
         properties.user_id = None  # the broker would refuse another user's
-        properties.delivery_mode = pika.DeliveryMode.Persistent.value
+        properties.delivery_mode = pika.DeliveryMode.Persistent.value  # pika wants the number here
         if retried < retries:
             queue = f"{self.options.queue}.retry"
             arguments = {**RETRY_ARGUMENTS, "x-dead-letter-routing-key": self.options.queue}
@@ -298,7 +302,7 @@ class Worker:
         say(f" [!] Failed: {failure}; {fate}")
 
     def publish_copy(self, ch, queue, arguments, properties, body):
-        """Publish to a queue, and return when the broker has confirmed it: after an alarm, too."""
+        """Publish to a queue, and wait for the publisher confirm, however long an alarm lasts."""
         # On a channel of its own, as errors close it.
         channel = declare(ch.connection, queue, arguments)
         channel.confirm_delivery()
@@ -332,7 +336,7 @@ class Worker:
                 if not self.has_consumed and re.match(PERMANENT, repr(error)):
                     complain(explain(error))
                     sys.exit(1)
-                if connection and time.monotonic() > connected_at + LASTED:
+                if connection and time.monotonic() > connected_at + STABLE_AFTER:
                     self.pause = 1
                 self.exit_or_report(explain(error), self.pause)
             if connection:
@@ -344,7 +348,7 @@ class Worker:
             self.options.nodes.append(self.options.nodes.pop(0))
 
     def exit_or_report(self, problem, pause):
-        """Report why the work can't go on for now; exit if told to stop, from here on at once."""
+        """Report why the work can't go on for now. From here on, any signal exits at once."""
         self.busy = False
         if self.signals:
             complain(problem)
@@ -372,9 +376,11 @@ def kill_group(process):
 
 def outcome(status):
     """Return None for the exit status 0, else a description."""
-    if status < 0:
-        return f"signal {-status}: {signal.strsignal(-status)}"
-    return f"exit status {status}" if status else None
+    if not status:
+        return None
+    return (
+        f"signal {-status}: {signal.strsignal(-status)}" if status < 0 else f"exit status {status}"
+    )
 
 
 def serve(fd, name):
@@ -410,7 +416,7 @@ def serve(fd, name):
                         print(printable(line), file=sys.stderr)
             if os.getpid() != process_id:
                 os._exit(0)  # the function has forked: only the original may answer
-    os.killpg(0, signal.SIGKILL)  # whatever it has started
+    os.killpg(0, signal.SIGKILL)  # itself, and whatever it has started
 
 
 # ---- The broker ----
@@ -425,8 +431,8 @@ RETRY_ARGUMENTS = {
 }
 # Headers that would make the broker route, count or drop the copy, and those that are replaced.
 NOT_COPIED = "CC|BCC|x-death|x-(first|last)-death-.*|x-(delivery|acquired|retry)-count|x-last-error"
-# What is refused again next time: a login or permission (403), a queue (406), a virtual host (530),
-# a certificate. A limit, or another's exclusive use, may end.
+# Errors that would come again, by their repr(): a refused login or permission "(403) ...", queue
+# "(406) ...", virtual host "(530) ...", or certificate. A limit, or an exclusive use, may end.
 PERMANENT = r"(?!.* limit |.* in exclusive use).*(\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED)"
 CANCELLED = "the queue was deleted, or a task took longer than consumer_timeout in rabbitmq.conf"
 
@@ -451,15 +457,16 @@ def declare(connection, queue, arguments=None):
 
 
 def count_in(headers, name):
-    """Return the count in a header, or 0 if it is missing or invalid."""
+    """Return the count in a header, or 0 if there is no sensible one."""
     value = (headers or {}).get(name)
     return value if isinstance(value, int) and 0 < value < 2**31 else 0
 
 
-# ---- The terminal ----
+# ---- The terminal (the same in both scripts) ----
 
-UNSAFE = "arg 'durable'|the value 'stream'"  # why the broker refuses a queue that can't be used
-UNREADABLE = "lost: .*(out of range|cannot convert|too large|InvalidField)"
+STREAM = "current is (the value )?'stream'"
+UNSAFE = f"arg 'durable'|{STREAM}"  # why the broker refuses a queue that can't be used
+UNREADABLE = r"Stream connection lost: (Value|Overflow|InvalidField|OSError\(75)"  # by pika
 HINTS = {  # pattern in an error: what to do
     "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
@@ -468,7 +475,7 @@ HINTS = {  # pattern in an error: what to do
     "IncompatibleProtocolError": "is RabbitMQ still starting? Is this an AMQP port? For TLS: amqps://",
     "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
     "arg 'durable'": "the existing queue is not durable; delete it or choose another --queue",
-    "the value 'stream'": "a stream can't be used as a work queue; choose another --queue",
+    STREAM: "a stream can't be used as a work queue; choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
     "no answer": "is the broker stuck, or has the queue lost the majority of its nodes?",
@@ -502,17 +509,8 @@ def complain(text):
         os.write(sys.stderr.fileno(), f" [!] {printable(text)}\n".encode())
 
 
-def prepare_streams():
-    """Print each line at once, into a pipe, too. Let nothing else take a closed stream's place."""
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-
-
 def explain(error):
-    """Return the innermost error, which says most, with a hint."""
+    """Describe the innermost error, which is the most specific, with a hint."""
     inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args]
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
@@ -528,7 +526,6 @@ URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or th
 PREFETCH_HELP = "unacknowledged tasks the broker may hand over, 0 for no limit (default: 1)"
 FUNCTION_HELP = "call for each task, with its body as bytes; an exception means failed"
 COMMAND_HELP = "run for each task, with it on stdin; exit status 0 means done (default: sleep)"
-LONGEST_NAME = 249  # bytes: 255, less ".retry"
 
 
 def amqp_urls(urls):
@@ -536,7 +533,7 @@ def amqp_urls(urls):
     nodes = []
     for url in re.split(r"\s*,\s*(?=amqps?://)", urls.strip()):
         try:
-            # An unescaped / or @ would make part of the password the host, which errors show.
+            # With an unescaped / or @, part of a password would be the host, which errors show.
             if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
                 raise ValueError
             node = pika.URLParameters(url)
@@ -547,12 +544,6 @@ def amqp_urls(urls):
         node.client_properties = node.client_properties or {"connection_name": name}
         nodes.append(node)
     return nodes
-
-
-def queue_name(name):
-    if not name.isprintable() or not 0 < len(name.encode()) <= LONGEST_NAME:
-        raise argparse.ArgumentTypeError(f"expected 1 to {LONGEST_NAME} bytes of printable text")
-    return name
 
 
 def number(kind, low, high):
@@ -579,7 +570,7 @@ def read_command_line():
     delay = number(float, 0, 4_294_967)  # 32 bits of milliseconds
     limit = {"type": number(float, 0.001, math.inf), "default": math.inf}
     option("-u", "--url", **url, help=URL_HELP)
-    option("-q", "--queue", type=queue_name, default="task_queue", help="default: task_queue")
+    option("-q", "--queue", default="task_queue", help="default: task_queue")
     option("-p", "--prefetch-count", **count, default=1, help=PREFETCH_HELP)
     option("--retries", **count, default=3, help="retries of a failed task (default: 3)")
     option("--retry-delay", **seconds, type=delay, default=30, help="before each (default: 30)")
@@ -588,6 +579,8 @@ def read_command_line():
     option("--serve", type=int, help=argparse.SUPPRESS)  # the function's process; see serve()
     option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=COMMAND_HELP)
     options = parser.parse_args()
+    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= 249:
+        parser.error("--queue: expected 1 to 249 bytes of printable text")  # 255, less ".retry"
     if options.command[:1] == ["--"]:
         del options.command[0]
     if options.function and options.command:
@@ -596,15 +589,21 @@ def read_command_line():
 
 
 def main():
-    prepare_streams()
-    if hasattr(signal, "SIGCHLD"):  # if it is ignored, commands always seem successful
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass  # for standard streams that are closed, or a socket would get their numbers
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if hasattr(signal, "SIGCHLD"):  # inherited as ignored, it would hide exit statuses
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     options = read_command_line()
     if options.serve is not None:
-        serve(options.serve, options.function)
-    name = options.function or "".join(options.command[:1])
-    if name and not (hasattr(os, "killpg") and (options.function or shutil.which(name))):
-        complain(f"Can't run {name}: not found, not executable, or on Windows")
+        serve(options.serve, options.function)  # does not return
+    if (options.command or options.function) and not hasattr(os, "killpg"):
+        complain("Can't run commands or functions on Windows")
+        sys.exit(1)
+    if options.command and not shutil.which(options.command[0]):
+        complain(f"Can't run {options.command[0]}: not found, or not executable")
         sys.exit(1)
     Worker(options).run()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -143,6 +144,14 @@ def broker(new_broker):
 def vhosts(broker):
     """URLs of two virtual hosts, by the type of queue that a plain declaration makes there."""
     return {"classic": broker.url, "quorum": broker.add_quorum_vhost()}
+
+
+@pytest.fixture
+def moments():
+    """Random numbers; SEED=... in the environment brings back those of an earlier run."""
+    seed = int(os.environ.get("SEED") or random.randrange(1_000_000))
+    print(f"SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ FAILURES = {  # task: why it fails
     "crash()": "signal 11: Segmentation fault",
     "os.abort()": "signal 6: Aborted",
     "os._exit(3)": "exit status 3",
-    "os._exit(0)": "no answer",
+    "os._exit(0)": "without an answer",
     "os.closerange(3, 99); time.sleep(60)": "signal 9",  # it could not answer any more
     "fork_one_that_holds_the_pipe()": "exit status 7",
 }
@@ -202,7 +202,7 @@ def test_a_function_that_cannot_be_called_is_refused_at_the_start(run, broker, q
         "job:": "",
         "a b": "",
         "leaving:do": "SystemExit",
-        "crashing:do": "no answer",
+        "crashing:do": "without an answer",
         "broken:do": "no_such_module",
     }
     workers = {

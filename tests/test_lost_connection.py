@@ -6,6 +6,7 @@ The broker closes a connection from which it hears nothing for two heartbeats.
 import signal
 import subprocess
 import time
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -145,7 +146,7 @@ def test_a_task_that_takes_longer_than_consumer_timeout_is_at_one_worker_at_a_ti
             assert all("consumer_timeout" in line for line in each.err)
             assert not any("Done" in line or "Failed" in line for line in each.out)
     for seconds in overlaps.values():
-        assert min(seconds) < AT_TWO  # a busy machine makes some of them longer
+        assert median(seconds) < AT_TWO  # a busy machine makes single ones longer
 
 
 def test_a_task_that_takes_too_long_makes_no_copy_and_shorter_ones_are_done(

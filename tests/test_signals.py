@@ -1,9 +1,9 @@
 """What a worker's tasks, and its exit status, become when a signal ends it."""
 
-import random
 import signal
 import subprocess
 import time
+from statistics import median
 
 import psutil
 import pytest
@@ -12,7 +12,7 @@ from conftest import WAITING
 from servers import free_port, wait_until
 
 HEAVY = "heavy" + 60 * "."
-AT_ONCE = 1  # seconds, of the quickest of some: a busy machine makes others longer
+AT_ONCE = 1  # second, of the median of some: a busy machine makes single ones longer
 SOME = 3
 
 
@@ -43,7 +43,7 @@ def test_another_worker_gets_the_task_of_one_that_ends_in_mid_task_within_a_seco
     assert first.err == []
     assert second.wait() == status
     assert second.out == [WAITING, f" [x] Received '{HEAVY}' (redelivered)"]
-    assert min(pauses) < AT_ONCE
+    assert median(pauses) < AT_ONCE
 
 
 def test_sigterm_lets_a_worker_finish_the_task_in_hand_and_begin_no_other(
@@ -80,7 +80,7 @@ def test_a_worker_that_is_idle_or_waits_for_a_broker_ends_at_once(worker, run, n
     for scripts, out in ((idle, [WAITING]), (without_a_broker, [])):
         ends = [stop(each, signal.Signals[number]) for each in scripts]
         assert [end for end, _ in ends] == [status] * SOME
-        assert min(seconds for _, seconds in ends) < AT_ONCE
+        assert median(seconds for _, seconds in ends) < AT_ONCE
         assert all(each.out == out for each in scripts)
     assert all(each.err == [] for each in idle)
 
@@ -95,7 +95,7 @@ def test_a_second_signal_ends_a_worker_at_once(broker, worker, send, queue, firs
     # Idle, both at the same time.
     ends = [stop(worker(), first, second) for _ in range(SOME)]
     assert {end for end, _ in ends} <= {0, status}  # 0 where it has ended before the second
-    assert min(seconds for _, seconds in ends) < AT_ONCE
+    assert median(seconds for _, seconds in ends) < AT_ONCE
 
     # In the middle of a task, which a first one lets it finish, or whose command it waits for.
     commands = [[], STUBBORN] * SOME
@@ -120,7 +120,7 @@ def test_a_second_signal_ends_a_worker_at_once(broker, worker, send, queue, firs
         wait_until(lambda name=f"{queue}-{number}": broker.ready(name) == 1)
     assert {end for end, _ in ends} == {status}
     for kind in (ends[::2], ends[1::2]):
-        assert min(seconds for _, seconds in kind) < AT_ONCE
+        assert median(seconds for _, seconds in kind) < AT_ONCE
 
 
 def test_ctrl_c_in_a_terminal_ends_the_worker_below_the_dots_of_its_task(
@@ -147,11 +147,8 @@ def functions_of(queues):
 
 
 def test_whenever_signals_come_no_task_is_lost_and_no_process_is_left(
-    broker, run, queue, tmp_path, monkeypatch
+    broker, run, queue, tmp_path, monkeypatch, moments
 ):
-    seed = random.randrange(1_000_000)
-    print(f"seed {seed}")
-    moments = random.Random(seed)
     record = tmp_path / "record"
     monkeypatch.setenv("RECORD", str(record))
     function = ["--function", "tests.functions:record"]
