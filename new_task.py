@@ -19,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import itertools
+import math
 import os
 import re
 import reprlib
@@ -34,6 +35,7 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 PATIENCE = 30  # seconds for the broker to confirm a task, and for reconnecting after that
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
 CLOSE_WITHIN = 5  # seconds for the broker to close the connection
+SLOWEST = 50_000  # bytes per second, at least, for which the broker gets more time
 BATCH = 2000  # tasks that may be unconfirmed at the same time, at most
 READ = 512 * 1024  # bytes of input to read for them, at most
 
@@ -142,9 +144,10 @@ class Producer:
                 mandatory=True,
             )
 
+        patience = self.patience + sum(map(len, self.unconfirmed.values())) / SLOWEST
         refused = []
         while lines:
-            confirm = self.next_event(self.patience).method  # an ack or a nack
+            confirm = self.next_event(patience).method  # an ack or a nack
             first = next(iter(lines)) if confirm.multiple else confirm.delivery_tag
             for tag in range(first, confirm.delivery_tag + 1):
                 if tag not in lines:  # confirmed earlier
@@ -166,18 +169,19 @@ class Producer:
         self.events.append(arguments[-1])
         self.loop.stop()
 
-    def next_event(self, seconds=None):
+    def next_event(self, seconds=math.inf):
         """Run pika's loop until there is an event; return it, or raise it if it is an error.
 
         Raises TimeoutError if there is none within that many seconds.
         """
-        if seconds:
-            silence = TimeoutError(f"no answer from the broker within {seconds:g} s")
-            timer = self.loop.call_later(seconds, lambda: self.on_event(silence))
+        turns = 0  # of a second each, as this process may have been suspended for longer
         while not self.events:
+            if turns >= seconds:
+                raise TimeoutError(f"no answer from the broker within {seconds:.0f} s")
+            timer = self.loop.call_later(1, self.loop.stop)
             self.loop.start()
-        if seconds:
             self.loop.remove_timeout(timer)
+            turns += 1
         event = self.events.popleft()
         if isinstance(event, Exception):
             raise event
@@ -385,3 +389,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except SystemExit as end:
         os._exit(end.code)  # Python's own shutdown may have to wait for a DNS lookup
+    except OSError:  # before Python 3.11: argparse can't print help or usage
+        os._exit(2)

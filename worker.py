@@ -60,7 +60,7 @@ class Worker:
         self.pause = 1  # seconds until the next attempt to connect
         self.signals = []  # received so far
         # A signal ends an idle worker at once. If it is busy with a task, wait() or consume() will
-        # notice the first one; while it is working on it, all, so that no process is left running.
+        # notice the first one; while a process works on it, all: else that would be left running.
         self.busy = False
         self.working = False
         self.deadline = math.inf  # of the task, by time.monotonic()
@@ -118,7 +118,7 @@ class Worker:
 
     def work(self, ch, body):
         """Do a task. Return None when it is done, or why it failed."""
-        self.working = True
+        self.working = bool(self.options.function or self.options.command)
         try:
             if self.options.function:
                 return self.call_function(ch, body)
@@ -164,7 +164,7 @@ class Worker:
                 if show_dots:
                     say(".", end="", flush=True)
         finally:
-            if show_dots:
+            if show_dots and len(self.signals) < 2:  # it blocks if the terminal does
                 say("")
 
     def run_command(self, ch, body):
@@ -206,8 +206,9 @@ class Worker:
 
     def call_function(self, ch, body):
         """Call the function in its process, which may have ended since the last task."""
-        while self.process.poll() is not None or self.pipe.poll():  # that is, its end
-            if problem := self.start_function(ch):
+        if self.process.poll() is not None or self.pipe.poll():  # the pipe's end
+            kill_group(self.process)
+            while problem := self.start_function(ch):
                 self.keep_in_hand(ch, f"Can't call {self.options.function}: {problem}")
         self.deadline = time.monotonic() + self.options.time_limit
         with contextlib.suppress(OSError):  # it has ended just now
@@ -366,6 +367,9 @@ class Worker:
 
 # ---- Processes ----
 
+# Calling one of these does nothing by itself.
+LAZY = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+
 
 def kill_group(process):
     """End a process, and all that it has started, at once."""
@@ -391,31 +395,33 @@ def serve(fd, name):
     from multiprocessing.connection import Connection
 
     os.set_inheritable(fd, False)
-    pipe, process_id = Connection(fd), os.getpid()
+    pipe, process_id, answer = Connection(fd), os.getpid(), b""
     try:
         sys.path.insert(0, os.getcwd())
         function = pkgutil.resolve_name(name)
-        if not callable(function) or inspect.iscoroutinefunction(function):
-            raise TypeError("not a function, or an async one")
+        if not callable(function) or any(is_kind(function) for is_kind in LAZY):
+            raise TypeError("expected a function, not async, and not a generator")
     except BaseException as error:
-        pipe.send_bytes(explain(error).encode(errors="backslashreplace"))
-        os._exit(1)
-    answer = b""
+        function, answer = None, explain(error).encode(errors="backslashreplace")
     with contextlib.suppress(EOFError, OSError):  # the worker has ended
-        while True:
-            pipe.send_bytes(answer)
+        pipe.send_bytes(answer)
+        while function is not None:
             body, answer = pipe.recv_bytes(), b""
             try:
-                function(body)
-                sys.stdout.flush()
+                try:
+                    function(body)
+                finally:
+                    sys.stdout.flush()
             except BaseException as error:
-                answer = SHORTENED.repr(error).encode(errors="backslashreplace")
+                reason = SHORTENED.repr(error) or type(error).__name__
+                answer = reason.encode(errors="backslashreplace")
                 lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
                 with contextlib.suppress(OSError):
                     for line in "".join(lines).splitlines():
                         print(printable(line), file=sys.stderr)
             if os.getpid() != process_id:
                 os._exit(0)  # the function has forked: only the original may answer
+            pipe.send_bytes(answer)
     os.killpg(0, signal.SIGKILL)  # itself, and whatever it has started
 
 
@@ -613,3 +619,5 @@ if __name__ == "__main__":
         main()
     except SystemExit as end:
         os._exit(end.code)  # Python's own shutdown may have to wait for a DNS lookup
+    except OSError:  # before Python 3.11: argparse can't print help or usage
+        os._exit(2)

@@ -6,6 +6,7 @@ import signal
 import socket
 import struct
 import subprocess
+import time
 
 import port_for
 import pytest
@@ -276,6 +277,19 @@ def test_a_broker_that_falls_silent_is_given_up_with_the_count(producer, network
     assert "Connection lost: TimeoutError: no answer" in ours.err[0]
     assert all(line.startswith(" [!] ") for line in ours.err)
     assert len(ours.err) == 3
+
+
+def test_a_producer_that_was_stopped_for_long_has_not_lost_its_connection(broker, queue, producer):
+    ours = producer(broker)
+    write(ours, *BEFORE)
+    wait_until(lambda: len(ours.out) > 500)
+    ours.signal(signal.SIGSTOP)
+    time.sleep(33)  # longer than it waits for an answer
+    ours.signal(signal.SIGCONT)
+    write(ours, *AFTER, end=True)
+    assert ours.wait() == 0, ours.err
+    assert ours.err == []
+    assert len(broker.bodies(queue)) == len(TASKS)
 
 
 def test_until_a_new_connection_confirms_a_task_a_refusal_is_no_end(broker, queue, producer):

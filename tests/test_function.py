@@ -24,6 +24,7 @@ FAILURES = {  # task: why it fails
     "raise KeyboardInterrupt": "KeyboardInterrupt()",
     "raise BaseException(1)": "BaseException(1)",
     "no Python": "SyntaxError",
+    "raise Silent": "Silent",
     "crash()": "signal 11: Segmentation fault",
     "os.abort()": "signal 6: Aborted",
     "os._exit(3)": "exit status 3",
@@ -189,7 +190,7 @@ def test_a_process_that_cannot_be_replaced_leaves_the_task_in_hand(broker, worke
 
 
 def test_a_function_that_cannot_be_called_is_refused_at_the_start(run, broker, queue, job):
-    folder = job("value = 1\nasync def later(body): pass\n")
+    folder = job("value = 1\nasync def later(body): pass\ndef lazy(body): yield\n")
     (folder / "leaving.py").write_text("import sys; sys.exit()")
     (folder / "crashing.py").write_text("import os; os._exit(0)")
     (folder / "broken.py").write_text("import job, no_such_module")
@@ -199,6 +200,7 @@ def test_a_function_that_cannot_be_called_is_refused_at_the_start(run, broker, q
         "job": "job",
         "job:value": "value",
         "job:later": "async",
+        "job:lazy": "generator",
         "job:": "",
         "a b": "",
         "leaving:do": "SystemExit",

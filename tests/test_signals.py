@@ -135,6 +135,17 @@ def test_ctrl_c_in_a_terminal_ends_the_worker_below_the_dots_of_its_task(
     assert broker.bodies(queue) == [b"heavy.........."]
 
 
+def test_two_signals_end_a_worker_whose_terminal_takes_no_more(terminal, publish, queue):
+    publish(b"heavy" + 60 * b".")
+    shown = terminal("worker.py", "-q", queue)
+    shown.expect_exact("heavy")
+    shown.send("\x13")  # CTRL+S
+    time.sleep(2.5)  # for a dot
+    for number in (signal.SIGTERM, signal.SIGINT):
+        shown.kill(number)
+    assert_ended([shown.pid])
+
+
 # ---- At any moment ----
 
 BATCHES = 10  # of twelve workers
