@@ -367,7 +367,6 @@ class Worker:
 
 # ---- Processes ----
 
-# Calling one of these does nothing by itself.
 LAZY = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
@@ -395,34 +394,39 @@ def serve(fd, name):
     from multiprocessing.connection import Connection
 
     os.set_inheritable(fd, False)
-    pipe, process_id, answer = Connection(fd), os.getpid(), b""
+    pipe, process_id, failure = Connection(fd), os.getpid(), ""
     try:
         sys.path.insert(0, os.getcwd())
         function = pkgutil.resolve_name(name)
         if not callable(function) or any(is_kind(function) for is_kind in LAZY):
+            # The call of a lazy one would do nothing, and be called done.
             raise TypeError("expected a function, not async, and not a generator")
     except BaseException as error:
-        function, answer = None, explain(error).encode(errors="backslashreplace")
+        function, failure = None, explain(error)
     with contextlib.suppress(EOFError, OSError):  # the worker has ended
-        pipe.send_bytes(answer)
+        pipe.send_bytes(failure.encode(errors="backslashreplace"))
         while function is not None:
-            body, answer = pipe.recv_bytes(), b""
-            try:
-                try:
-                    function(body)
-                finally:
-                    sys.stdout.flush()
-            except BaseException as error:
-                reason = SHORTENED.repr(error) or type(error).__name__
-                answer = reason.encode(errors="backslashreplace")
-                lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
-                with contextlib.suppress(OSError):
-                    for line in "".join(lines).splitlines():
-                        print(printable(line), file=sys.stderr)
+            failure = call(function, pipe.recv_bytes())
             if os.getpid() != process_id:
                 os._exit(0)  # the function has forked: only the original may answer
-            pipe.send_bytes(answer)
+            pipe.send_bytes(failure.encode(errors="backslashreplace"))
     os.killpg(0, signal.SIGKILL)  # itself, and whatever it has started
+
+
+def call(function, body):
+    """Call a function; return "", or why it failed, with a traceback on standard error."""
+    try:
+        try:
+            function(body)
+        finally:
+            sys.stdout.flush()
+    except BaseException as error:
+        trace = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
+        with contextlib.suppress(OSError):
+            for line in "".join(trace).splitlines():
+                print(printable(line), file=sys.stderr)
+        return SHORTENED.repr(error) or type(error).__name__
+    return ""
 
 
 # ---- The broker ----
@@ -579,8 +583,10 @@ def read_command_line():
     option("-q", "--queue", default="task_queue", help="default: task_queue")
     option("-p", "--prefetch-count", **count, default=1, help=PREFETCH_HELP)
     option("--retries", **count, default=3, help="retries of a failed task (default: 3)")
-    option("--retry-delay", **seconds, type=delay, default=30, help="before each (default: 30)")
-    option("--time-limit", **seconds, **limit, help="for a task (default: none)")
+    option(
+        "--retry-delay", **seconds, type=delay, default=30, help="before each retry (default: 30)"
+    )
+    option("--time-limit", **seconds, **limit, help="a longer task fails (default: none)")
     option("--function", metavar="MODULE:NAME", help=FUNCTION_HELP)
     option("--serve", type=int, help=argparse.SUPPRESS)  # the function's process; see serve()
     option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=COMMAND_HELP)
