@@ -36,8 +36,9 @@ PATIENCE = 30  # seconds for the broker to confirm a task, and for reconnecting 
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
 CLOSE_WITHIN = 5  # seconds for the broker to close the connection
 SLOWEST = 50_000  # bytes per second, at least, for which the broker gets more time
-BATCH = 2000  # tasks that may be unconfirmed at the same time, at most
-READ = 512 * 1024  # bytes of input to read for them, at most
+BATCH = 3000  # tasks that may be unconfirmed at the same time, at most
+BATCH_BYTES = 512 * 1024  # of tasks, or little more
+READ = 64 * 1024  # bytes to read at a time, as many as a pipe holds
 
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # of pika's
 # The broker refuses a task or the queue, or is blocked by an alarm: reconnecting would not help.
@@ -239,8 +240,8 @@ def read_input():
     with contextlib.suppress(AttributeError, OSError):  # on Windows
         os.set_blocking(0, True)  # another process may have changed it
     data = piece = sys.stdin.buffer.read1(READ)
-    while piece and len(data) < READ and has_more_input():
-        piece = sys.stdin.buffer.read1(READ - len(data))
+    while piece and len(data) < BATCH_BYTES and data.count(b"\n") < BATCH and has_more_input():
+        piece = sys.stdin.buffer.read1(READ)
         data += piece
     return data, not piece
 
