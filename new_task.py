@@ -35,12 +35,17 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 PATIENCE = 30  # seconds for the broker to confirm a task, and for reconnecting after that
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
 CLOSE_WITHIN = 5  # seconds for the broker to close the connection
-SLOWEST = 50_000  # bytes per second, at least, for which the broker gets more time
+SLOWEST = 50_000  # bytes; for every so many in a batch, the broker gets another second
 BATCH = 3000  # tasks that may be unconfirmed at the same time, at most
-BATCH_BYTES = 512 * 1024  # of tasks, or little more
-READ = 64 * 1024  # bytes to read at a time, as many as a pipe holds
+BATCH_BYTES = 512 * 1024  # of tasks, approximately
+READ = 64 * 1024  # bytes to read at a time: the usual capacity of a pipe
 
-ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # of pika's
+ERRORS = (
+    pika.exceptions.AMQPError,
+    AMQPConnectorException,
+    OSError,
+    ValueError,
+)  # that pika may raise
 # The broker refuses a task or the queue, or is blocked by an alarm: reconnecting would not help.
 REFUSALS = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
 
@@ -58,13 +63,13 @@ class Producer:
         self.unconfirmed = {}  # tasks of the batch that is being sent: body by line number
         self.next_line = 1  # the line after that batch
         self.confirmed = 0  # tasks so far
-        # Seconds; a second longer than an alarm, for pika to report that first.
+        # Longer than blocked_for, so that ConnectionBlockedTimeout comes before our TimeoutError.
         blocked_for = max(node.blocked_connection_timeout for node in nodes)
         self.patience = max(PATIENCE, blocked_for + 1)
 
     def connect(self):
         for node in self.nodes:  # one by one: pika stops at a name that can't be resolved
-            # pika does all its work in this loop. A new one knows nothing of a lost connection.
+            # pika does all its work in this loop. A new one runs no callbacks of a lost connection.
             self.loop = IOLoop()
             self.events = collections.deque()  # from pika, oldest first
             pika.SelectConnection.create_connection([node], self.on_event, custom_ioloop=self.loop)
@@ -82,7 +87,7 @@ class Producer:
             if refusal.reply_code not in (403, 406) or re.search(UNSAFE, refusal.reply_text):
                 raise
             try:
-                self.open_channel(passive=True)
+                self.open_channel(passive=True)  # only check that the queue exists
             except pika.exceptions.ChannelClosedByBroker:
                 raise refusal from None
 
@@ -93,7 +98,7 @@ class Producer:
         self.channel.add_on_close_callback(self.on_event)
         unroutable = pika.exceptions.UnroutableError([self.queue])
         self.channel.add_on_return_callback(lambda *_: self.on_event(unroutable))
-        self.channel.confirm_delivery(ack_nack_callback=self.on_event)
+        self.channel.confirm_delivery(ack_nack_callback=self.on_event)  # for the confirms only
         self.channel.queue_declare(queue=self.queue, callback=self.on_event, **declaration)
         self.next_event(self.patience)  # the queue is declared
 
@@ -116,7 +121,7 @@ class Producer:
                     self.connect()
                 return self.publish()
             except ERRORS as error:
-                if self.confirmed > confirmed:
+                if self.confirmed > confirmed:  # a new failure, of a connection that worked
                     reconnecting, give_up_at = False, None
                 if not reconnecting and isinstance(error, REFUSALS):
                     raise
@@ -149,6 +154,7 @@ class Producer:
         refused = []
         while lines:
             confirm = self.next_event(patience).method  # an ack or a nack
+            # multiple: this tag and all earlier ones
             first = next(iter(lines)) if confirm.multiple else confirm.delivery_tag
             for tag in range(first, confirm.delivery_tag + 1):
                 if tag not in lines:  # confirmed earlier
@@ -166,7 +172,7 @@ class Producer:
     # ---- Waiting for pika's callbacks ----
 
     def on_event(self, *arguments):
-        """Note a callback's last argument: a connection, a channel, a frame, or an error."""
+        """Queue a callback's last argument: a connection, a channel, a frame, or an error."""
         self.events.append(arguments[-1])
         self.loop.stop()
 
@@ -197,7 +203,7 @@ class Producer:
                 self.next_event(CLOSE_WITHIN)
             except TimeoutError:
                 return
-            except ERRORS:  # that the channel is closed, then the connection
+            except ERRORS:  # reporting that the channel, then the connection, has closed
                 pass
 
 
@@ -205,7 +211,7 @@ class Producer:
 
 
 def batches(words):
-    """Yield batches of tasks: dicts of up to BATCH bodies by line number, none of them empty.
+    """Yield non-empty dicts of up to BATCH bodies, by ascending line number.
 
     Put your own source of tasks here.
     """
@@ -233,7 +239,7 @@ def batches(words):
 
 
 def read_input():
-    """Return what standard input has, waiting only if that is nothing, and whether it has ended.
+    """Return available standard input (waiting if there is none), and whether it has ended.
 
     read1() returns first what readline() has left in Python's buffer, which select() can't see.
     """
@@ -255,7 +261,7 @@ def has_more_input():
 
 STREAM = "current is (the value )?'stream'"
 UNSAFE = f"arg 'durable'|{STREAM}"  # why the broker refuses a queue that can't be used
-UNREADABLE = r"Stream connection lost: (Value|Overflow|InvalidField|OSError\(75)"  # by pika
+UNREADABLE = r"Stream connection lost: (Value|Overflow|InvalidField|OSError\(75)"
 HINTS = {  # pattern in an error: what to do
     "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
@@ -268,6 +274,7 @@ HINTS = {  # pattern in an error: what to do
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
     "no answer": "is the broker stuck, or has the queue lost the majority of its nodes?",
+    # worker.py only: pika can't decode a header (75: a number is too large for a time).
     UNREADABLE: "a message in the queue may have a header that pika can't read",
 }
 SHORTENED = reprlib.Repr()
@@ -300,6 +307,7 @@ def complain(text):
 
 def explain(error):
     """Describe the innermost error, which is the most specific, with a hint."""
+    # Where pika's exceptions keep their causes:
     inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args]
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
@@ -356,12 +364,12 @@ def read_command_line():
 
 def main():
     while os.open(os.devnull, os.O_RDWR) < 2:
-        pass  # for standard streams that are closed, or a socket would get their numbers
+        pass  # occupy closed standard streams, so that no socket gets their numbers
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as shells do for background jobs
+        if signal.getsignal(number) != signal.SIG_IGN:  # as by shells for background jobs
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     options = read_command_line()
     for node in options.nodes:

@@ -36,13 +36,18 @@ import traceback
 import pika
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-TICK = 0.1  # seconds, at most, between two looks at the connection and at signals
+TICK = 0.1  # maximum seconds between checks of the connection and signals
 LONGEST_PAUSE = 30  # seconds between attempts
-STABLE_AFTER = 60  # seconds of a connection, after which the pauses start over
+STABLE_AFTER = 60  # seconds connected, after which the pauses restart at 1
 GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
 MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
 
-ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)  # of pika's
+ERRORS = (
+    pika.exceptions.AMQPError,
+    AMQPConnectorException,
+    OSError,
+    ValueError,
+)  # that pika may raise
 # Windows lacks two of these.
 INTERRUPTS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGHUP", "SIGQUIT")}
 
@@ -59,10 +64,8 @@ class Worker:
         self.has_consumed = False
         self.pause = 1  # seconds until the next attempt to connect
         self.signals = []  # received so far
-        # A signal ends an idle worker at once. If it is busy with a task, wait() or consume() will
-        # notice the first one; while a process works on it, all: else that would be left running.
-        self.busy = False
-        self.working = False
+        self.busy = False  # a task is in hand, so a first signal is left to wait() and consume()
+        self.working = False  # a process may be running, so every signal is left to wait()
         self.deadline = math.inf  # of the task, by time.monotonic()
         self.process = None  # in which the function is called; self.pipe leads to it
 
@@ -87,7 +90,7 @@ class Worker:
                 channel.stop_consuming()
                 # Give back what was prefetched. Closing the connection would do that, too, but a
                 # quorum queue counts it as a failed delivery, and drops a task after 20.
-                channel.basic_nack(0, multiple=True, requeue=True)
+                channel.basic_nack(0, multiple=True, requeue=True)  # 0: all unacknowledged
                 connection.close()
                 self.exit()
             connection.process_data_events(time_limit=0 if deliveries else None)
@@ -96,7 +99,7 @@ class Worker:
     def process_task(self, ch, method, properties, body):
         say(f" [x] Received {shown(body)}{' (redelivered)' if method.redelivered else ''}")
 
-        # Only in a redelivered task is x-delivery-count the broker's, not the sender's.
+        # Unless a task is redelivered, x-delivery-count may come from the sender.
         deliveries = count_in(properties.headers, "x-delivery-count") if method.redelivered else 0
         retries = self.options.retries
         if deliveries >= MAX_DELIVERIES:
@@ -117,7 +120,10 @@ class Worker:
     # ---- The work ----
 
     def work(self, ch, body):
-        """Do a task. Return None when it is done, or why it failed."""
+        """Do a task. Return None when it is done, or why it failed.
+
+        Code of your own here must not raise errors, and must call self.wait(ch) often.
+        """
         self.working = bool(self.options.function or self.options.command)
         try:
             if self.options.function:
@@ -164,7 +170,7 @@ class Worker:
                 if show_dots:
                     say(".", end="", flush=True)
         finally:
-            if show_dots and len(self.signals) < 2:  # it blocks if the terminal does
+            if show_dots and len(self.signals) < 2:  # a stopped terminal would block
                 say("")
 
     def run_command(self, ch, body):
@@ -237,7 +243,7 @@ class Worker:
     def wait_for_answer(self, ch):
         """Wait for the answer of the function's process: None, or why the call failed.
 
-        Whatever else ends the wait ends the process, too.
+        If the wait ends in any other way, the process is killed.
         """
         try:
             while not self.pipe.poll(TICK) and self.process.poll() is None:
@@ -320,7 +326,7 @@ class Worker:
     # ---- Connections and signals ----
 
     def run(self):
-        """Consume, and reconnect when necessary; exit if the broker will never let us in."""
+        """Consume, and reconnect when necessary; exit if the broker permanently refuses access."""
         for number in (signal.SIGTERM, *INTERRUPTS):
             if signal.getsignal(number) != signal.SIG_IGN:  # ignored in the background, or by nohup
                 signal.signal(number, self.on_signal)
@@ -387,7 +393,7 @@ def outcome(status):
 
 
 def serve(fd, name):
-    """Be the function's process: call it with each body that comes through a pipe.
+    """Run in the function's process: call the function with each body that comes through a pipe.
 
     Answers b"" when it is ready and after each call, or why that failed.
     """
@@ -399,7 +405,7 @@ def serve(fd, name):
         sys.path.insert(0, os.getcwd())
         function = pkgutil.resolve_name(name)
         if not callable(function) or any(is_kind(function) for is_kind in LAZY):
-            # The call of a lazy one would do nothing, and be called done.
+            # Calling a lazy one would run nothing, yet the task would count as done.
             raise TypeError("expected a function, not async, and not a generator")
     except BaseException as error:
         function, failure = None, explain(error)
@@ -425,13 +431,14 @@ def call(function, body):
         with contextlib.suppress(OSError):
             for line in "".join(trace).splitlines():
                 print(printable(line), file=sys.stderr)
-        return SHORTENED.repr(error) or type(error).__name__
+        return SHORTENED.repr(error) or type(error).__name__  # a custom __repr__ may return ""
     return ""
 
 
 # ---- The broker ----
 
-# QUEUE.retry: expired messages are dead-lettered to QUEUE, and deleted only once they are there.
+# QUEUE.retry: expired messages are dead-lettered to QUEUE, and deleted only once they are there
+# (at-least-once, which needs a quorum queue and reject-publish).
 # See https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
 RETRY_ARGUMENTS = {
     "x-queue-type": "quorum",
@@ -441,8 +448,8 @@ RETRY_ARGUMENTS = {
 }
 # Headers that would make the broker route, count or drop the copy, and those that are replaced.
 NOT_COPIED = "CC|BCC|x-death|x-(first|last)-death-.*|x-(delivery|acquired|retry)-count|x-last-error"
-# Errors that would come again, by their repr(): a refused login or permission "(403) ...", queue
-# "(406) ...", virtual host "(530) ...", or certificate. A limit, or an exclusive use, may end.
+# By repr(), errors that retrying can't cure: a refused login or permission "(403) ...", queue
+# "(406) ...", virtual host "(530) ...", or certificate. Limits and exclusive use may end.
 PERMANENT = r"(?!.* limit |.* in exclusive use).*(\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED)"
 CANCELLED = "the queue was deleted, or a task took longer than consumer_timeout in rabbitmq.conf"
 
@@ -476,7 +483,7 @@ def count_in(headers, name):
 
 STREAM = "current is (the value )?'stream'"
 UNSAFE = f"arg 'durable'|{STREAM}"  # why the broker refuses a queue that can't be used
-UNREADABLE = r"Stream connection lost: (Value|Overflow|InvalidField|OSError\(75)"  # by pika
+UNREADABLE = r"Stream connection lost: (Value|Overflow|InvalidField|OSError\(75)"
 HINTS = {  # pattern in an error: what to do
     "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
     "or: sudo systemctl start rabbitmq-server",
@@ -489,6 +496,7 @@ HINTS = {  # pattern in an error: what to do
     "BlockedTimeout": "the broker is short of memory or disk space",
     "NackError|UnroutableError": "is the queue full, or was it deleted?",
     "no answer": "is the broker stuck, or has the queue lost the majority of its nodes?",
+    # worker.py only: pika can't decode a header (75: a number is too large for a time).
     UNREADABLE: "a message in the queue may have a header that pika can't read",
 }
 SHORTENED = reprlib.Repr()
@@ -521,6 +529,7 @@ def complain(text):
 
 def explain(error):
     """Describe the innermost error, which is the most specific, with a hint."""
+    # Where pika's exceptions keep their causes:
     inner = [*getattr(error, "exceptions", []), getattr(error, "exception", None), *error.args]
     if inner := [each for each in inner if isinstance(each, Exception)]:
         return explain(inner[-1])
@@ -534,8 +543,8 @@ DEFAULT_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%
 URL_FORM = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, percent-encoded (@ in a password: %40)"
 URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or the local broker)"
 PREFETCH_HELP = "unacknowledged tasks the broker may hand over, 0 for no limit (default: 1)"
-FUNCTION_HELP = "call for each task, with its body as bytes; an exception means failed"
-COMMAND_HELP = "run for each task, with it on stdin; exit status 0 means done (default: sleep)"
+FUNCTION_HELP = "call for each task, with its body as bytes; an exception means it failed"
+COMMAND_HELP = "run for each task, with the task on stdin; exit status 0 means done"
 
 
 def amqp_urls(urls):
@@ -584,9 +593,13 @@ def read_command_line():
     option("-p", "--prefetch-count", **count, default=1, help=PREFETCH_HELP)
     option("--retries", **count, default=3, help="retries of a failed task (default: 3)")
     option(
-        "--retry-delay", **seconds, type=delay, default=30, help="before each retry (default: 30)"
+        "--retry-delay",
+        **seconds,
+        type=delay,
+        default=30,
+        help="wait before each retry (default: 30)",
     )
-    option("--time-limit", **seconds, **limit, help="a longer task fails (default: none)")
+    option("--time-limit", **seconds, **limit, help="fail tasks that take longer (default: none)")
     option("--function", metavar="MODULE:NAME", help=FUNCTION_HELP)
     option("--serve", type=int, help=argparse.SUPPRESS)  # the function's process; see serve()
     option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=COMMAND_HELP)
@@ -596,13 +609,13 @@ def read_command_line():
     if options.command[:1] == ["--"]:
         del options.command[0]
     if options.function and options.command:
-        parser.error("--function and a COMMAND exclude each other")
+        parser.error("--function and COMMAND are mutually exclusive")
     return options
 
 
 def main():
     while os.open(os.devnull, os.O_RDWR) < 2:
-        pass  # for standard streams that are closed, or a socket would get their numbers
+        pass  # occupy closed standard streams, so that no socket gets their numbers
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
