@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draw how a work queue shares out its tasks: round-robin, and then fair dispatch.
 
-    tests/demo.py                                  two workers, heavy and light tasks in turn
+    tests/demo.py                                  two workers, long and short tasks in turn
     tests/demo.py --workers 3 --tasks 12           more of both
-    tests/demo.py --heavy 5 --light 2              other lengths, in seconds
+    tests/demo.py --long 5 --short 2               other lengths, in seconds
     tests/demo.py --svg picture.svg                a picture as well
     AMQP_URL=amqp://... tests/demo.py              on that broker
 
@@ -38,13 +38,13 @@ from servers import PROGRAMS, servers
 
 QUEUE = "work-queue-demo"
 WAYS = {"round-robin": 0, "fair dispatch": 1}  # prefetch counts
-UNICODE, ASCII = {"heavy": "█", "light": "░"}, {"heavy": "#", "light": "-"}
-COLOURS = {"heavy": "yellow", "light": "cyan"}
+UNICODE, ASCII = {"long": "█", "short": "░"}, {"long": "#", "short": "-"}
+COLOURS = {"long": "yellow", "short": "cyan"}
 STYLE = """<title>Round-robin against fair dispatch</title>
 <style>text { fill: #6e7781 } .title { font-weight: bold }
 .clock { text-anchor: end; font-weight: bold }
-.heavy { fill: #b45309 } .in-heavy { fill: #ffffff }
-.light { fill: #a5d8ff; stroke: #1c7ed6 } .in-light { fill: #10243a }</style>"""
+.long { fill: #b45309 } .in-long { fill: #ffffff }
+.short { fill: #a5d8ff; stroke: #1c7ed6 } .in-short { fill: #10243a }</style>"""
 
 console = rich.get_console()
 console.show_cursor = lambda show=True: False  # if Live hid it, `kill -9` would leave it so
@@ -55,7 +55,8 @@ class Play:
 
     def __init__(self, way, options):
         self.way, self.options = way, options
-        self.title = f"{way}: worker.py --prefetch-count {WAYS[way]}"
+        default = " (the default)" if WAYS[way] == 1 else ""
+        self.title = f"{way}: worker.py --prefetch-count {WAYS[way]}{default}"
         self.workers = []  # running scripts
 
     def moments(self, word):
@@ -81,9 +82,9 @@ class Play:
 
 
 def tasks_of(options):
-    """Heavy and light tasks in turn."""
+    """Long and short tasks in turn."""
     for number in range(options.tasks):
-        kind = ("heavy", "light")[number % 2]
+        kind = ("long", "short")[number % 2]
         yield f"{kind} {number // 2 + 1}" + "." * getattr(options, kind)
 
 
@@ -97,18 +98,18 @@ def best(options):
     """Return the seconds that the best possible schedule of the tasks takes."""
 
     @functools.cache
-    def fit_in(heavy, workers, seconds):
-        """The most light tasks that they can do in that time, beside these heavy ones."""
+    def fit_in(longs, workers, seconds):
+        """The most short tasks that they can do in that time, beside these long ones."""
         if not workers:
-            return float("-inf") if heavy else 0
+            return float("-inf") if longs else 0
         return max(
-            (seconds - own * options.heavy) // options.light
-            + fit_in(heavy - own, workers - 1, seconds)
-            for own in range(min(heavy, seconds // options.heavy) + 1)
+            (seconds - own * options.long) // options.short
+            + fit_in(longs - own, workers - 1, seconds)
+            for own in range(min(longs, seconds // options.long) + 1)
         )
 
-    light, odd = divmod(options.tasks, 2)
-    return next(n for n in itertools.count(1) if fit_in(light + odd, options.workers, n) >= light)
+    shorts, odd = divmod(options.tasks, 2)
+    return next(n for n in itertools.count(1) if fit_in(shorts + odd, options.workers, n) >= shorts)
 
 
 def chart(play):
@@ -130,7 +131,7 @@ def chart(play):
 
 
 def summary(plays, options):
-    kinds = f"heavy {options.heavy} s and light {options.light} s"
+    kinds = f"long {options.long} s and short {options.short} s"
     totals = [f"{play.way} {play.seconds():.1f} s" for play in plays]
     yield f"{options.tasks} tasks, in turn {kinds}, {options.workers} workers"
     yield f"{', '.join(totals)}, best possible {best(options)} s"
@@ -227,11 +228,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--tasks", type=int, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--heavy", type=int, default=3, metavar="SECONDS", help="default: 3")
-    parser.add_argument("--light", type=int, default=1, metavar="SECONDS", help="default: 1")
+    parser.add_argument("--long", type=int, default=3, metavar="SECONDS", help="default: 3")
+    parser.add_argument("--short", type=int, default=1, metavar="SECONDS", help="default: 1")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture, too")
     options = parser.parse_args()
-    if min(options.workers, options.tasks, options.heavy, options.light) < 1:
+    if min(options.workers, options.tasks, options.long, options.short) < 1:
         parser.error("all numbers have to be 1 or more")
 
     plays = [Play(way, options) for way in WAYS]

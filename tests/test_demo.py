@@ -9,7 +9,7 @@ import psutil
 import pytest
 from servers import wait_until
 
-FEW = ["--workers", "2", "--tasks", "4", "--heavy", "2", "--light", "1"]
+FEW = ["--workers", "2", "--tasks", "4", "--long", "2", "--short", "1"]
 DEMO = ["tests/demo.py", *FEW]
 
 
@@ -26,10 +26,10 @@ def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, run, t
     assert demo.wait() == 0
     rows = ["".join(filter(str.isalnum, line)) for line in demo.out]
     assert demo.out[0].startswith("round-robin: worker.py --prefetch-count 0")
-    assert sorted(rows[1:3]) == ["worker1H1H2", "worker2L1L2"]
-    assert demo.out[4].startswith("fair dispatch: worker.py --prefetch-count 1")
-    assert {row[7:] for row in rows[5:7]} in ({"H1", "L1L2H2"}, {"H1L2", "L1H2"})
-    assert demo.out[8] == "4 tasks, in turn heavy 2 s and light 1 s, 2 workers"
+    assert sorted(rows[1:3]) == ["worker1L1L2", "worker2S1S2"]
+    assert demo.out[4].startswith("fair dispatch: worker.py --prefetch-count 1 (the default)")
+    assert {row[7:] for row in rows[5:7]} in ({"L1", "S1S2L2"}, {"L1S2", "S1L2"})
+    assert demo.out[8] == "4 tasks, in turn long 2 s and short 1 s, 2 workers"
     assert demo.out[9].endswith("best possible 3 s")
     round_robin, fair = (float(part.split()[-2]) for part in demo.out[9].split(",")[:2])
     assert round_robin >= 4
@@ -38,12 +38,12 @@ def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, run, t
     assert demo.err == []
     words = [each.text for each in xml.etree.ElementTree.parse(tmp_path / "picture.svg").iter()]
     assert sorted(word for word in words if word and len(word) == 2) == sorted(
-        2 * ["H1", "H2", "L1", "L2"]
+        2 * ["L1", "L2", "S1", "S2"]
     )
     assert broker.ready("work-queue-demo") is None
 
 
-@pytest.mark.parametrize("moment", ["epmd", "beam.smp", "|H1"])
+@pytest.mark.parametrize("moment", ["epmd", "beam.smp", "|L1"])
 def test_ctrl_c_leaves_no_process_no_file_and_no_terminal_setting(moment, terminal, tmp_path):
     without_broker = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = terminal(*DEMO, url="", env=without_broker)
@@ -62,7 +62,7 @@ def test_ctrl_c_leaves_no_process_no_file_and_no_terminal_setting(moment, termin
 
 
 def test_a_broker_that_goes_away_ends_the_demo_with_its_workers(broker, run):
-    demo = run(broker, *DEMO, "--heavy", "30")
+    demo = run(broker, *DEMO, "--long", "30")
     consumers = ["-q", "list_consumers", "queue_name"]
     wait_until(lambda: broker.rabbitctl_output(*consumers).count("work-queue-demo") == 2)
     workers = psutil.Process(demo.process.pid).children()
