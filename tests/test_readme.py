@@ -1,52 +1,187 @@
 """README.md, done from top to bottom: its commands in its terminals, what appears compared.
 
-What to do with a block is told behind its language, where a reader doesn't see it:
+A block belongs to the terminals that the label above it names. Lines of `sh` are typed, one when
+the shell is ready for it; `text` is all that appears next (side by side: which worker gets the
+first task may vary); other blocks are saved under the name in the label. What else README says
+to do stands in its sentences: CUES quotes them, in their order, with what is done then. A command
+or a key that README tells and neither a cue nor ELSEWHERE knows is an error, like a cue that
+README does not tell.
 
-    sh terminal 1, 2      type these lines in both, each when the shell is ready for it
-    text shows 1, 2       this is all that each of them shows next
-    text columns 1, 2     the same, side by side; which worker gets the first task may vary
-    sh by hand: WHY       not done here
-
-and what else to do is told in comments, each on a line of its own, between sentences:
-
-    <!-- wait 1, 2: TEXT -->      until both show a line that holds it, which is then passed over
-    <!-- either 1, 2: TEXT -->    until one of them shows it; that one is called 1 from here on
-    <!-- press 1, 2: KEY -->
-    <!-- restart 1: TEXT -->      the broker (here the test's own), when that shows it
+The test's own brokers take the place of Docker's, and of the system's: see Stage.administer().
 """
 
 import contextlib
 import os
 import re
+import shlex
 import shutil
+import stat
+import subprocess
+import sys
 import time
 
 import pexpect
 import pytest
 from conftest import ROOT
-from servers import PATIENCE
+from servers import PATIENCE, start_cluster, wait_until
 
 README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / ".docs" / "reference.md").read_text()
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
 PROMPT, MORE = "<ready>", "<more>"
-KEYS = {"CTRL+C": "c", "CTRL+Z": "z"}
-BLOCK = r"^( *)```\w+ (.+)\n((?:.*\n)*?) *```$"
-COMMENT = r"^ *<!-- (.+) -->$"
-VERBS = "terminal|shows|columns|by hand|wait|either|press|restart"
-# What differs from run to run: where work was cut short, how often a connection was refused.
+FOLDER = "/opt/thumbs"
+BLOCK = re.compile(r"^```(\w+)\n((?:.*\n)*?)```$", re.MULTILINE)
+LABEL = re.compile(
+    r"\*\*(Terminals? [\d, and]+|The other terminal|Save as `(.+?)`)(, for example)?:\*\*$"
+)
+COMMAND = re.compile(
+    r"`((?:docker|sudo|uv|python3|pip|\.venv/\S+|tests/\S+\.sh|rabbitmqctl)(?: [^`]*)?)`"
+)
+KEYS = re.compile(r"[Pp]ress CTRL\+C\b")
+# What differs from run to run: where work was cut short, how often a connection was refused, and
+# what uv says of its own work.
 CUT_SHORT = re.compile(r"^\.*\n(?= \[!\] )", re.MULTILINE)
 REFUSED = re.compile(r"^( \[!\] ConnectionRefused.*\n)( \[!\] .*; retrying in \d+ s\n)+", re.M)
+UV = re.compile(r"^Installed \d+ packages? in .*\n", re.MULTILINE)
+
+# Commands that are not done here, and why.
+ELSEWHERE = {
+    "docker compose up -d --wait": "tests/compose.sh",
+    "docker compose stop": "tests/compose.sh",
+    "docker compose --profile '*' down --volumes": "tests/compose.sh",
+    "docker compose --profile demo up": "tests/compose.sh",
+    "sudo apt-get update && sudo apt-get install rabbitmq-server python3-venv": "tests/setup.sh",
+    "sudo systemctl restart rabbitmq-server": "the system's broker is not the tests'",
+    "uv run --with pillow worker.py ...": "an example",
+    ".venv/bin/pip install pillow": "an example",
+    "docker compose exec rabbitmq": "part of a command",
+    "python3": "part of a command",
+    "sudo": "part of a command",
+    "uv run": "part of a command",
+    "rabbitmqctl delete_user guest": "the tests log in as guest",
+    "sudo rabbitmqctl list_queues": "by many other tests",
+    "sudo rabbitmq-plugins enable rabbitmq_management": "the system's broker is not the tests'",
+    "tests/setup.sh": ".ci/run",
+    ".venv/bin/pytest tests": ".ci/run",
+}
+
+CUES = [
+    ("Press CTRL+C to stop the worker.", lambda stage, _: stage.press(1)),
+    ("when both workers say `Waiting`", lambda stage, _: stage.wait("Waiting", 1, 2)),
+    ("One worker gets it.", lambda stage, _: stage.either("Received 'Hello...'", then="Done")),
+    (
+        "press CTRL+C in the terminal that shows it.",
+        lambda stage, _: (stage.either("Received 'A long task"), stage.press(1)),
+    ),
+    (
+        "After `Done`, press CTRL+C in the other terminal, too. In both, start a worker that takes "
+        "any number of tasks in advance: `python3 worker.py --prefetch-count 0`.",
+        lambda stage, command: (stage.press(2), stage.type([command], 1, 2)),
+    ),
+    ("When both say `Waiting`", lambda stage, _: stage.wait("Waiting", 1, 2)),
+    (
+        "Press CTRL+C in both terminals, and restart the workers without the option: "
+        "`python3 worker.py`.",
+        lambda stage, command: (stage.press(1, 2), stage.type([command], 1, 2)),
+    ),
+    (
+        "When both say `Waiting`, send the same four tasks again.",
+        lambda stage, _: (stage.wait("Waiting", 1, 2), stage.type(stage.last_typed[3], 3)),
+    ),
+    (
+        "round-robin takes 12 seconds, and fair dispatch, the default, takes 8:",
+        lambda stage, _: None,  # the demo shows it
+    ),
+    (
+        "`pip install -r tests/requirements.txt && "
+        "AMQP_URL=amqp://localhost python3 tests/demo.py` draws this chart.",
+        lambda stage, command: (stage.type([command], 3), stage.wait(TOTALS, 3)),
+    ),
+    ("Press CTRL+C in terminal 2.", lambda stage, _: stage.press(2)),
+    (
+        "restart the broker from terminal 2: `docker compose restart`",
+        lambda stage, command: stage.later.append(command),
+    ),
+    (
+        "The worker reconnects.",
+        lambda stage, _: (
+            stage.wait("Received 'A task", 1),
+            stage.administer(stage.later.pop()),
+        ),
+    ),
+    (
+        "Press CTRL+C in terminal 1. Add two nodes with "
+        "`docker compose --profile cluster up -d --wait`;",
+        lambda stage, command: (stage.press(1), stage.administer(command)),
+    ),
+    ("When both say `Waiting`", lambda stage, _: stage.wait("Waiting", 1, 2)),
+    (
+        "kill the node that all three scripts use: `docker compose kill rabbitmq`.",
+        lambda stage, command: (stage.wait("Sent 'Task 9.'", 3), stage.administer(command)),
+    ),
+    ("all 60 tasks are sent and done.", lambda stage, _: stage.wait_for_all_tasks(60)),
+    (
+        "Start the node again with `docker compose --profile cluster up -d --wait`.",
+        lambda stage, command: stage.administer(command),
+    ),
+    (
+        "`docker compose exec rabbitmq rabbitmqctl list_queues name members` "
+        "shows where the queue is.",
+        lambda stage, command: wait_until(
+            lambda: re.search(
+                r"^task_queue\t\[(\S+@\w+(, )?){3}\]$", stage.administer(command), re.M
+            )
+        ),
+    ),
+    ("Press CTRL+C in terminals 1 and 2.", lambda stage, _: stage.press(1, 2)),
+    (
+        "put it after the options: `python3 worker.py -q words wc -w`.",
+        lambda stage, command: stage.type([command], 2),
+    ),
+    (
+        "After `python3 new_task.py -q words How many words is this?`,",
+        lambda stage, command: stage.type([command], 3),
+    ),
+    ("that worker prints `5`.", lambda stage, number: stage.wait(f"\n{number}\n", 2)),
+    ("Run `python3 send.py` in terminal 3", lambda stage, command: stage.type([command], 3)),
+    (
+        "(with uv: `uv run --with pika send.py`); terminal 1 shows the task.",
+        lambda stage, command: (
+            stage.wait("eva.jpg: a thumbnail of 300 pixels", 1),
+            stage.type([command], 3),
+            stage.wait("eva.jpg: a thumbnail of 300 pixels", 1),
+            stage.wait("Done", 1),
+        ),
+    ),
+    (
+        "the reason in the header `x-last-error`.",
+        lambda stage, name: stage.check_dead_letter(name, "time limit of 5 s"),
+    ),
+    (
+        "press CTRL+C, and start a worker on their queue with "
+        "`python3 worker.py -q thumbs.dlq --function thumbs:make`.",
+        lambda stage, command: (stage.press(1), stage.type([command], 1)),
+    ),
+    (
+        "If a function raises an exception, its traceback is shown, and the exception is the "
+        "reason.",
+        lambda stage, _: stage.let_function_raise(),
+    ),
+    ("Press CTRL+C twice to stop it.", lambda stage, _: None),  # done in test_failed_tasks.py
+]
+TOTALS = "round-robin 12."  # and some tenths: the demo's last line
 
 
 class Shell:
     """A shell in a terminal, and what it has shown."""
 
-    def __init__(self, terminal, folder, url):
+    def __init__(self, terminal, folder, url, environment):
         options = ["--norc", "--noprofile", "--noediting"]
         environment = {
             **{name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"},
             **{"PS1": PROMPT, "PS2": MORE, "VIRTUAL_ENV_DISABLE_PROMPT": "yes"},
             **{"LC_ALL": "C.UTF-8", "TERM": "dumb", "HISTFILE": os.devnull},
+            **environment,
         }
         self.shell = terminal("bash", *options, url=url, env=environment, cwd=folder, echo=False)
         self.text = ""  # what has appeared and was not compared yet
@@ -58,7 +193,7 @@ class Shell:
     def read(self):
         with contextlib.suppress(pexpect.TIMEOUT):
             while True:
-                self.text += self.shell.read_nonblocking(4096, timeout=0)
+                self.text += self.shell.read_nonblocking(4096, timeout=0).replace("\r\n", "\n")
         return self.text
 
     def wait_until(self, condition):
@@ -85,9 +220,9 @@ class Shell:
                 self.wait_for_prompt()
                 self.text = self.text.removesuffix(PROMPT).removesuffix(MORE)
 
-    def press(self, key):
+    def press_ctrl_c(self):
         self.finish()
-        self.shell.sendcontrol(KEYS[key])
+        self.shell.sendcontrol("c")
         self.wait_for_prompt()
 
     def show(self, *expected):
@@ -108,109 +243,353 @@ class Shell:
         self.all_is_shown = True
         return seen
 
+    def show_like(self, example):
+        """Find the lines of an example, of any number and reason, one below the other."""
+        lines = (re.escape(line).replace(r"\.\.\.", ".*") for line in example.splitlines())
+        pattern = r"\n(.*\n)*".join(re.sub(r"\d+", r"\\d+", line) for line in lines)
+        assert re.search(pattern, self.visible()), self.visible()
+
     def wait_for(self, words):
-        self.wait_until(lambda: re.search(f"{re.escape(words)}.*\n", self.text))
-        self.text = re.split(f"{re.escape(words)}.*\n", self.text, maxsplit=1)[1]
+        self.wait_until(lambda: re.search(f"{re.escape(words)}.*\n?", self.text))
+        self.text = re.split(f"{re.escape(words)}.*\n?", self.text, maxsplit=1)[1]
         self.all_is_shown = False
 
 
 def normalised(text):
-    text = CUT_SHORT.sub("...\n", text.replace("\r\n", "\n"))
+    text = UV.sub("", CUT_SHORT.sub("...\n", text))
     return "\n".join(line.rstrip() for line in REFUSED.sub(r"\1", text).splitlines())
 
 
-def steps_of(text):
-    """Yield (what to do, numbers of terminals, detail, lines of the block)."""
-    for found in re.finditer(f"{BLOCK}|{COMMENT}|.*(```|<!--).*", text, re.MULTILINE):
-        indent, told, block, comment, _ = found.groups()
-        step = re.fullmatch(rf"({VERBS})(?: ([\d, ]+))?(?:: (.+))?", told or comment or "")
-        assert step, f"not understood: {found[0]}"
-        lines = [line.removeprefix(indent) for line in (block or "").splitlines()]
-        numbers = [int(number) for number in re.findall(r"\d", step[2] or "")]
-        print(step[0])  # for the reader of a failure
-        yield step[1], numbers, step[3], lines
+class Stage:
+    """The terminals, the folder and the brokers that README's reader has."""
 
+    def __init__(self, shells, folder, nodes=(), new_broker=None):
+        self.shells, self.folder = shells, folder
+        self.nodes, self.new_broker = list(nodes), new_broker
+        self.last_typed = {}  # lines, by terminal
+        self.later = []  # commands
 
-def do(text, shells, broker=None):
-    for verb, numbers, detail, lines in steps_of(text):
-        those = [shells[number - 1] for number in numbers]
-        if verb == "columns":
-            rows = [row.split("│") for row in lines[1:]]  # below a line of titles
-            columns = [[cell[at > 0 :] for cell in column] for at, column in enumerate(zip(*rows))]
-            columns = [normalised("\n".join(column)).rstrip("\n") for column in columns]
-        for shell in those:
-            if verb == "terminal":
-                shell.type(lines)
-            elif verb == "shows":
-                shell.show(normalised("\n".join(lines)))
-            elif verb == "columns":
-                columns.remove(shell.show(*columns))
-            elif verb in ("wait", "restart"):
-                shell.wait_for(detail)
-            elif verb == "press":
-                shell.press(detail)
-        if verb == "either":
-            those[0].wait_until(lambda these=those, a=detail: a in these[0].text + these[1].read())
-            if detail not in those[0].text:
-                one, other = (number - 1 for number in numbers)
-                shells[one], shells[other] = shells[other], shells[one]
-            shells[numbers[0] - 1].wait_for(detail)
-        elif verb == "restart":
-            broker.stop()
-            broker.start()
-    for shell in shells:
-        shell.finish()
+    # ---- What README says ----
 
+    def perform(self, text, cues):
+        cues, begin = list(cues), 0
+        for block in BLOCK.finditer(text):
+            prose = text[begin : block.start()]
+            self.follow(prose, cues)
+            self.do(LABEL.search(prose.rstrip()), *block.groups())
+            begin = block.end()
+        self.follow(text[begin:], cues)
+        assert not cues, f"README does not say: {cues[0][0]}"
+        for shell in self.shells:
+            shell.finish()
 
-def test_readme_does_what_it_says(broker, terminal, tmp_path):
-    folder = shutil.copytree(ROOT, tmp_path / "checkout", ignore=NOT_COPIED)
-    with broker.channel() as channel:
-        channel.queue_delete("task_queue")
-    do(README, [Shell(terminal, folder, broker.url) for _ in range(3)], broker)
+    def follow(self, prose, cues):
+        """Do what sentences say."""
+        assert "```" not in prose, f"not understood: {prose}"
+        prose = " ".join(prose.split())
+        while cues and cues[0][0] in prose:
+            words, action = cues.pop(0)
+            before, _, prose = prose.partition(words)
+            self.check_that_nothing_is_told(before)
+            print(words)  # for the reader of a failure
+            action(self, (re.findall("`([^`]+)`", words) or [None])[-1])
+        self.check_that_nothing_is_told(prose)
 
+    def check_that_nothing_is_told(self, prose):
+        assert not KEYS.search(prose), f"no cue for: {prose}"
+        commands = set(COMMAND.findall(prose)) - set(ELSEWHERE)
+        assert not commands, f"no cue for: {commands}"
 
-def test_no_comment_stands_inside_a_sentence():
-    before = "."
-    for line in README.splitlines():
-        if "<!--" in line:
-            assert re.match(COMMENT, line)
-            assert not before or before.endswith((".", ":", "!", "?", "```")), before
+    def do(self, label, language, block):
+        print(label and label[0], block)
+        if language != "sh" and label is None:
+            assert "─" in block, f"which terminal shows this?\n{block}"  # a diagram
+            return
+        assert label, f"in which terminal?\n{block}"
+        lines = block.splitlines()
+        numbers = [int(number) for number in re.findall(r"\d", label[1])] or [2]  # the other one
+        if label[2]:
+            (self.folder / label[2]).write_text(self.with_own_urls(block))
+        elif language == "sh":
+            self.type(lines, *numbers)
         else:
-            before = line.rstrip(" *_)")
+            assert language == "text"
+            self.compare(lines, numbers, like=bool(label[3]))
+
+    def compare(self, lines, numbers, like):
+        columns = ["\n".join(lines)]
+        if len(numbers) > 1:
+            rows = [line.split("│") for line in lines]
+            columns = [
+                "\n".join(cell[at > 0 :] for cell in column) for at, column in enumerate(zip(*rows))
+            ]
+        columns = [normalised(column).rstrip("\n") for column in columns]
+        for number, column in zip(numbers, list(columns)):
+            if like:
+                self.shells[number - 1].show_like(column.rstrip())
+            else:
+                columns.remove(self.shells[number - 1].show(*columns))
+
+    # ---- What cues do ----
+
+    def type(self, lines, *numbers):
+        for number in numbers:
+            self.last_typed[number] = lines
+            if typed := [self.with_own_urls(line) for line in lines if not self.administer(line)]:
+                self.shells[number - 1].type(typed)
+
+    def press(self, *numbers):
+        for number in numbers:
+            self.shells[number - 1].press_ctrl_c()
+
+    def wait(self, words, *numbers):
+        for number in numbers:
+            self.shells[number - 1].wait_for(words)
+
+    def either(self, words, then=None):
+        """Wait until one of the workers shows it; that is terminal 1 from here on."""
+        one, other, *_ = self.shells
+        one.wait_until(lambda: words in one.text + other.read())
+        if words not in one.text:
+            self.shells[:2] = other, one
+        self.wait(words, 1)
+        if then:
+            self.wait(then, 1)
+
+    def wait_for_all_tasks(self, count):
+        expected = {f"Task {number}." for number in range(1, count + 1)}
+        workers, producer = self.shells[:2], self.shells[2]
+        producer.wait_for_prompt()
+        sent = set(re.findall(r"Sent '(.+)'", producer.text))
+        assert sent == {task for task in expected if int(task[5:-1]) > 9}  # those behind the wait
+        assert all("Connection lost: " in line for line in re.findall(r" \[!\] .*", producer.text))
+
+        def done():
+            text = "".join(worker.read() for worker in workers)
+            return set(re.findall(r"Received '(.+)'.*\n(?:\.\n)? \[x\] Done", text))
+
+        wait_until(lambda: done() == expected)
+
+    def check_dead_letter(self, header, reason):
+        with self.nodes[0].channel(self.nodes[0].url_of(vhost="q")) as channel:
+            _, properties, body = channel.basic_get("thumbs.dlq", auto_ack=True)
+            assert properties.headers[header] == reason
+            channel.confirm_delivery()
+            channel.basic_publish("", "thumbs.dlq", body, properties)  # not marked as redelivered
+
+    def let_function_raise(self):
+        self.press(2)
+        self.type(["python3 worker.py -q thumbs --function thumbs:make"], 2)
+        self.type(["python3 new_task.py -q thumbs 'not JSON'"], 3)
+        self.wait("Traceback (most recent call last)", 2)
+        self.wait("[!] Failed: JSONDecodeError('Expecting value: line 1 column 1", 2)
+
+    # ---- In place of Docker, and of an administrator ----
+
+    def administer(self, command):
+        """Do a command to the test's own brokers, if it is one for brokers; return what it says."""
+        if command == "docker compose up -d --wait":
+            return "it is up"
+        if command == "docker compose restart":
+            self.nodes[0].stop()
+            self.nodes[0].start()
+            return "restarted"
+        if command == "docker compose --profile cluster up -d --wait":
+            if len(self.nodes) == 1:
+                self.nodes = start_cluster(self.new_broker)
+            else:
+                self.nodes[0].start()
+            return "it is up"
+        if command == "docker compose kill rabbitmq":
+            self.nodes[0].kill()
+            return "killed"
+        if found := re.match("(sudo|docker compose exec rabbitmq) rabbitmqctl (.+)", command):
+            name, *arguments = shlex.split(found[2])
+            vhost = ["-p", "q"] if name.endswith(("policy", "permissions", "queues")) else []
+            return self.nodes[0].rabbitctl_output(name, *vhost, *arguments) or "done"
+        assert not command.startswith(("docker", "sudo")), f"can't be done here: {command}"
+        return None
+
+    def with_own_urls(self, text):
+        if not self.nodes:
+            return text
+        for port, node in zip((5672, 5673, 5674), self.nodes):
+            text = text.replace(f"amqp://localhost:{port}", node.url_of(vhost="q"))
+        return re.sub("amqp://localhost(?!:)", self.nodes[0].url_of(vhost="q"), text)
+
+
+@pytest.fixture(scope="module")
+def uv(tmp_path_factory):
+    """The environment of a terminal with uv, which finds pika as pip does."""
+    folder = tmp_path_factory.mktemp("uv")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "install", "--target", folder, "uv"], check=True)
+    requirements = ["-r", ROOT / "requirements.txt"]
+    subprocess.run([*pip, "download", "-d", folder / "pika", *requirements], check=True)
+    return {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "UV_NO_INDEX": "1",
+        "UV_FIND_LINKS": str(folder / "pika"),
+        "UV_CACHE_DIR": str(folder / "cache"),
+        "UV_PYTHON": sys.executable,
+    }
+
+
+def test_readme_does_what_it_says(broker, vhosts, new_broker, terminal, tmp_path, uv):
+    folder = shutil.copytree(ROOT, tmp_path / "checkout", ignore=NOT_COPIED)
+    with broker.channel(vhosts["quorum"]) as channel:
+        channel.queue_delete("task_queue")
+    shells = [Shell(terminal, folder, vhosts["quorum"], uv) for _ in range(3)]
+    stage = Stage(shells, folder, [broker], new_broker)
+    stage.perform(README, CUES)
+
+    stage.press(1, 2)
+    assert_that_a_task_that_comes_back_too_often_is_a_dead_letter(stage.nodes[0])
+
+
+def assert_that_a_task_that_comes_back_too_often_is_a_dead_letter(node):
+    with node.channel(node.url_of(vhost="q")) as channel:
+        channel.queue_delete("thumbs")
+        channel.queue_purge("thumbs.dlq")
+        limit = {} if node.version() >= (4, 0) else {"x-delivery-limit": 20}  # the default
+        channel.queue_declare("thumbs", durable=True, arguments=limit)
+        channel.confirm_delivery()
+        channel.basic_publish("", "thumbs", b"unreadable", mandatory=True)
+        for _ in range(21):
+            method, _, _ = wait_until(lambda: next_of(channel, "thumbs"))
+            channel.basic_reject(method.delivery_tag)
+        _, properties, body = wait_until(lambda: next_of(channel, "thumbs.dlq"))
+        assert body == b"unreadable"
+        assert properties.headers["x-death"][0]["reason"] == "delivery_limit"
+
+
+def next_of(channel, queue):
+    got = channel.basic_get(queue)
+    return got if got[0] else None
+
+
+def test_the_service_is_installed_and_runs(broker, run, send, vhosts, tmp_path):
+    for name in ("worker.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("opt", "etc/systemd/system"):
+        (tmp_path / name).mkdir(parents=True)
+    here = Stage([], tmp_path, [broker])
+
+    def moved(text):
+        """Into a folder of the test's own, as are the users."""
+        return re.sub("(?<![.\\w])/(opt|etc)/", rf"{tmp_path}/\1/", text)
+
+    for block in BLOCK.finditer(README):
+        label = LABEL.search(README[: block.start()].rstrip())
+        if label and label[2] in ("thumbs.py", "thumbs@.service"):
+            (tmp_path / label[2]).write_text(moved(block[2]))
+    section = REFERENCE.partition("## Installing the service\n")[2].partition("\n## ")[0]
+    commands = [line for block in BLOCK.finditer(section) for line in block[2].splitlines()]
+    not_here = ["useradd", "systemctl", "systemctl"]  # they would change this machine
+    try:
+        for command in commands:
+            assert command.startswith(("sudo ", "echo ")), command
+            if command.startswith("sudo rabbitmqctl"):
+                here.administer(command)
+            elif (program := command.split()[1]) in not_here:
+                not_here.remove(program)
+            else:
+                url = broker.url_of("thumbs:PASSWORD", "q")
+                command = command.replace("amqp://thumbs:PASSWORD@localhost", url)
+                subprocess.run(
+                    moved(command.replace("sudo ", "")), shell=True, check=True, cwd=tmp_path
+                )
+        assert not not_here
+
+        unit = tmp_path / "etc/systemd/system/thumbs@.service"
+        settings = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line)
+        if analyze := shutil.which("systemd-analyze"):
+            verified = subprocess.run([analyze, "verify", unit], capture_output=True, text=True)
+            assert verified.returncode == 0, verified.stderr
+            assert "thumbs@" not in verified.stderr, verified.stderr
+        else:
+            print("systemd-analyze is not installed: its syntax was not verified")
+
+        environment = tmp_path / "etc/thumbs.env"
+        assert settings["EnvironmentFile"] == str(environment)
+        assert stat.S_IMODE(environment.stat().st_mode) == 0o600
+        program, *arguments = settings["ExecStart"].split()
+        assert program == f"{settings['WorkingDirectory']}/.venv/bin/python"
+        url = environment.read_text().strip().removeprefix("AMQP_URL=")
+        replaced = [EXECUTE, program, *arguments]
+        worker = run(url, "-c", *replaced, cwd=settings["WorkingDirectory"])
+        worker.wait_for("Waiting")
+        send(vhosts["quorum"], "thumbs", '{"file": "zoe.jpg", "width": 200}')
+        worker.wait_for("zoe.jpg: a thumbnail of 200 pixels")
+        worker.wait_for("Done")
+    finally:
+        broker.rabbitctl_output("delete_user", "thumbs")
+
+
+EXECUTE = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def test_readme_is_short_and_plain_text():
+    assert "<!--" not in README
+    assert len(README.splitlines()) <= 330
+    assert len(README.split()) <= 2400
+    assert len(REFERENCE.split()) <= 800
+    for text in (README, REFERENCE):
+        prose = [line for line in BLOCK.sub("", text).splitlines() if not line.startswith("|")]
+        assert max(prose, key=len)[110:] == ""
 
 
 TOLD = """
-```sh terminal 3
+First, send it.
+**Terminal 3:**
+```sh
 echo 1
 for number in 2 3; do
     echo $number
 done
 ```
-<!-- wait 3: 1 -->
-```text {}
+Wait for it. **{}:**
+```text
+{}
 ```
-```sh terminal 3
+**Terminal 3:**
+```sh
 echo {}
 ```
-```text columns 1, 3
-TERMINAL 1 │ TERMINAL 3
+**Terminals 1 and 3:**
+```text
 4          │ 5
 ```
 """
+WAIT = ("Wait for it.", lambda stage, _: stage.wait("1", 3))
 
 
 @pytest.mark.parametrize(
-    ("shown", "last", "is_true"),
+    ("label", "shown", "last", "cues", "is_true"),
     [
-        ("shows 3\n2\n3", "5", True),
-        ("shows 3\n3", "5", False),
-        ("shows 3\n2", "5", False),
-        ("shows 3\n2\n3\n4", "5", False),
-        ("shows 3\n2\n3", "6", False),
+        ("Terminal 3", "2\n3", "5", [WAIT], True),
+        ("Terminal 3", "3", "5", [WAIT], False),
+        ("Terminal 3", "2", "5", [WAIT], False),
+        ("Terminal 3", "2\n3\n4", "5", [WAIT], False),
+        ("Terminal 3", "2\n3", "6", [WAIT], False),
+        ("Terminal 2", "2\n3", "5", [WAIT], False),
+        ("Terminal 3, for example", "7\n8", "5", [WAIT], True),
+        ("Terminal 3, for example", "7\n8\n9", "5", [WAIT], False),
+        ("Somewhere", "2\n3", "5", [WAIT], False),
+        ("Terminal 3", "2\n3", "5", [WAIT, WAIT], False),
+        ("Terminal 3", "2\n3", "5\nsudo true", [WAIT], False),
     ],
 )
-def test_what_does_not_appear_is_noticed(terminal, tmp_path, shown, last, is_true):
-    shells = [Shell(terminal, tmp_path, "") for _ in range(3)]
-    told = f"```sh terminal 1\necho 4\n```\n{TOLD.format(shown, last)}"
+def test_what_is_not_so_is_noticed(terminal, tmp_path, label, shown, last, cues, is_true):
+    stage = Stage([Shell(terminal, tmp_path, "", {}) for _ in range(3)], tmp_path)
+    told = f"**Terminal 1:**\n```sh\necho 4\n```\n{TOLD.format(label, shown, last)}"
     with contextlib.nullcontext() if is_true else pytest.raises(AssertionError):
-        do(told, shells)
+        stage.perform(told, cues)
+
+
+@pytest.mark.parametrize(
+    "told", ["Press CTRL+C.", "Run `sudo reboot`.", "Then `python3 worker.py`."]
+)
+def test_what_is_told_and_not_done_is_noticed(tmp_path, told):
+    with pytest.raises(AssertionError, match="no cue"):
+        Stage([], tmp_path).perform(told, [])
