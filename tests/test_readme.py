@@ -247,6 +247,7 @@ class Shell:
         """Find the lines of an example, of any number and reason, one below the other."""
         lines = (re.escape(line).replace(r"\.\.\.", ".*") for line in example.splitlines())
         pattern = r"\n(.*\n)*".join(re.sub(r"\d+", r"\\d+", line) for line in lines)
+        self.wait_until(lambda: re.search(pattern, self.visible()) or self.text.endswith(PROMPT))
         assert re.search(pattern, self.visible()), self.visible()
 
     def wait_for(self, words):
