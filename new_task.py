@@ -40,12 +40,8 @@ BATCH = 3000  # tasks that may be unconfirmed at the same time, at most
 BATCH_BYTES = 512 * 1024  # of tasks, approximately
 READ = 64 * 1024  # bytes to read at a time: the usual capacity of a pipe
 
-ERRORS = (
-    pika.exceptions.AMQPError,
-    AMQPConnectorException,
-    OSError,
-    ValueError,
-)  # that pika may raise
+# What pika may raise.
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)
 # The broker refuses a task or the queue, or is blocked by an alarm: reconnecting would not help.
 REFUSALS = (pika.exceptions.AMQPChannelError, pika.exceptions.ConnectionBlockedTimeout)
 

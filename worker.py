@@ -42,12 +42,8 @@ STABLE_AFTER = 60  # seconds connected, after which the pauses restart at 1
 GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
 MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
 
-ERRORS = (
-    pika.exceptions.AMQPError,
-    AMQPConnectorException,
-    OSError,
-    ValueError,
-)  # that pika may raise
+# What pika may raise.
+ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)
 # Windows lacks two of these.
 INTERRUPTS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGHUP", "SIGQUIT")}
 

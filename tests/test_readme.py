@@ -116,7 +116,7 @@ CUES = [
     ),
     ("When both say `Waiting`", lambda stage, _: stage.wait("Waiting", 1, 2)),
     (
-        "kill the node that all three scripts use: `docker compose kill rabbitmq`.",
+        "kill the node that all three processes use: `docker compose kill rabbitmq`.",
         lambda stage, command: (stage.wait("Sent 'Task 9.'", 3), stage.administer(command)),
     ),
     ("all 60 tasks are sent and done.", lambda stage, _: stage.wait_for_all_tasks(60)),
@@ -163,11 +163,10 @@ CUES = [
         lambda stage, command: (stage.press(1), stage.type([command], 1)),
     ),
     (
-        "If a function raises an exception, its traceback is shown, and the exception is the "
-        "reason.",
+        "If a function raises an exception, its traceback is shown, and `x-last-error` holds the "
+        "exception.",
         lambda stage, _: stage.let_function_raise(),
     ),
-    ("Press CTRL+C twice to stop it.", lambda stage, _: None),  # done in test_failed_tasks.py
 ]
 TOTALS = "round-robin 12."  # and some tenths: the demo's last line
 
@@ -429,6 +428,7 @@ def uv(tmp_path_factory):
     subprocess.run([*pip, "download", "-d", folder / "pika", *requirements], check=True)
     return {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "NO_COLOR": "1",
         "UV_NO_INDEX": "1",
         "UV_FIND_LINKS": str(folder / "pika"),
         "UV_CACHE_DIR": str(folder / "cache"),
