@@ -36,9 +36,9 @@ PATIENCE = 30  # seconds for the broker to confirm a task, and for reconnecting 
 BLOCKED_FOR = 15  # seconds to wait for a broker that is short of memory or disk space
 CLOSE_WITHIN = 5  # seconds for the broker to close the connection
 SLOWEST = 50_000  # bytes; for every so many in a batch, the broker gets another second
-BATCH = 3000  # tasks that may be unconfirmed at the same time, at most
+BATCH = 4000  # tasks that may be unconfirmed at the same time, at most
 BATCH_BYTES = 512 * 1024  # of tasks, approximately
-READ = 64 * 1024  # bytes to read at a time: the usual capacity of a pipe
+READ = 128 * 1024  # bytes to read at a time
 
 # What pika may raise.
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)

@@ -58,7 +58,9 @@ ELSEWHERE = {
     "python3": "part of a command",
     "sudo": "part of a command",
     "uv run": "part of a command",
-    "rabbitmqctl delete_user guest": "the tests log in as guest",
+    "docker compose exec rabbitmq rabbitmqctl delete_user guest": "the tests log in as guest",
+    "docker compose up -d": "tests/compose.sh",
+    "sudo apt-get install python3-venv": "tests/setup.sh",
     "sudo rabbitmqctl list_queues": "by many other tests",
     "sudo rabbitmq-plugins enable rabbitmq_management": "the system's broker is not the tests'",
     "tests/setup.sh": ".ci/run",
@@ -93,8 +95,8 @@ CUES = [
         lambda stage, _: None,  # the demo shows it
     ),
     (
-        "`pip install -r tests/requirements.txt && "
-        "AMQP_URL=amqp://localhost python3 tests/demo.py` draws this chart.",
+        "This command draws the chart: `.venv/bin/pip install -r tests/requirements.txt && "
+        "AMQP_URL=amqp://localhost .venv/bin/python tests/demo.py`",
         lambda stage, command: (stage.type([command], 3), stage.wait(TOTALS, 3)),
     ),
     ("Press CTRL+C in terminal 2.", lambda stage, _: stage.press(2)),
@@ -139,7 +141,7 @@ CUES = [
         lambda stage, command: stage.type([command], 2),
     ),
     (
-        "After `python3 new_task.py -q words How many words is this?`,",
+        "After `python3 new_task.py -q words 'How many words is this?'`,",
         lambda stage, command: stage.type([command], 3),
     ),
     ("that worker prints `5`.", lambda stage, number: stage.wait(f"\n{number}\n", 2)),
