@@ -429,11 +429,11 @@ def uv(tmp_path_factory):
     subprocess.run([*pip, "install", "--target", folder, "uv"], check=True)
     requirements = ["-r", ROOT / "requirements.txt"]
     subprocess.run([*pip, "download", "-d", folder / "pika", *requirements], check=True)
+    (folder / "uv.toml").write_text(f'no-index = true\nfind-links = ["{folder / "pika"}"]\n')
     return {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "NO_COLOR": "1",
-        "UV_NO_INDEX": "1",
-        "UV_FIND_LINKS": str(folder / "pika"),
+        "UV_CONFIG_FILE": str(folder / "uv.toml"),
         "UV_CACHE_DIR": str(folder / "cache"),
         "UV_PYTHON": sys.executable,
     }
