@@ -22,10 +22,9 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import port_for
 import psutil
 from conftest import ROOT
-from servers import free_port, servers, wait_until
+from servers import accepts_connections, free_port, servers, wait_until
 
 PEERS = ROOT / "tests" / "peers"
 TUTORIAL = ROOT / "tests" / "tutorial"
@@ -116,7 +115,7 @@ class Bench:
             port = free_port()
             redis = ["redis-server", "--port", str(port), "--save", "", "--dir", broker.folder]
             subprocess.Popen(redis, stdout=subprocess.DEVNULL)
-            wait_until(lambda: port_for.port_is_used(port))
+            wait_until(lambda: accepts_connections(port))
             self.environment["REDIS_URL"] = f"redis://127.0.0.1:{port}"
 
     def start(self, command, **streams):

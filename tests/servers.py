@@ -5,9 +5,10 @@ Ports, data and the port mapper (epmd) are of one's own: no other server is touc
 
 import atexit
 import contextlib
-import os
+import functools
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -20,18 +21,16 @@ import psutil
 from mirakuru import TCPExecutor
 from mirakuru.base import cleanup_subprocesses
 from mirakuru.exceptions import ProcessExitedWithError
-from pytest_rabbitmq.factories.executor import RabbitMqExecutor
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")  # of Debian's package; those on PATH insist on being root
 PATIENCE = 60  # seconds after which something that has not come is an error
-# No other test process chooses one of these: the ids of such processes follow each other.
-PORTS = {port for port in port_for.available_good_ports() if port % 64 == os.getpid() % 64}
+SHARES = 64  # of this machine's ports, as many as processes that test at the same time, at most
 
 # It kills whatever has the digits of this process's id anywhere in its mark: others' servers, too.
 atexit.unregister(cleanup_subprocesses)
 
 
-class Broker(RabbitMqExecutor):
+class Broker(TCPExecutor):
     """A RabbitMQ server; stop(), kill() and start() keep its data.
 
     Raises mirakuru's ProcessExitedWithError if it does not start.
@@ -47,27 +46,38 @@ class Broker(RabbitMqExecutor):
         folder.mkdir()
         (folder / "rabbitmq.conf").write_text(config)
         (folder / "plugins").write_text("[].")
-        super().__init__(
-            str(PROGRAMS / "rabbitmq-server"),
-            host="127.0.0.1",
-            port=port,
-            distribution_port=free_port(),
-            rabbit_ctl=str(PROGRAMS / "rabbitmqctl"),
-            logpath=folder / "log",
-            path=folder,
-            plugin_path=folder,
-            node_name=self.node,
-        )
-        self._cwd = folder  # for its crash dump
-        self._stdout = subprocess.DEVNULL  # nobody reads it
-        self._envvars |= {
-            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
-            "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
+        environment = {
+            "RABBITMQ_CONFIG_FILE": folder / "rabbitmq.conf",
+            "RABBITMQ_CONF_ENV_FILE": folder / "none",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": folder / "plugins",
+            "RABBITMQ_LOG_BASE": folder / "log",
+            "RABBITMQ_MNESIA_BASE": folder / "mnesia",
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_NODE_PORT": port,
+            "RABBITMQ_DIST_PORT": free_port(),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
-            "ERL_EPMD_PORT": str(epmd_port),
-            "HOME": str(parent),  # of the cookie that lets rabbitmqctl in
+            "ERL_EPMD_PORT": epmd_port,
+            "HOME": parent,  # of the cookie that lets rabbitmqctl in
         }
+        environment = {name: str(value) for name, value in environment.items()}
+        command = [str(PROGRAMS / "rabbitmq-server")]
+        super().__init__(command, "127.0.0.1", port, timeout=PATIENCE, envvars=environment)
         self.url = self.url_of()
+
+    def start(self):
+        # mirakuru would run Python between fork and exec, and CTRL+C then is a traceback, or lost.
+        self.process = self.process or subprocess.Popen(
+            self.command_parts,
+            env=self.envvars,
+            cwd=self.folder,  # for its crash dump
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return super().start()
+
+    def pre_start_check(self):
+        return accepts_connections(self.port)  # mirakuru's own fails if CTRL+C interrupts it
 
     def check_subprocess(self):
         # The script that starts the server exits with 0 even if that fails, which mirakuru takes
@@ -83,6 +93,11 @@ class Broker(RabbitMqExecutor):
         super().kill(*arguments, **options)
         wait_until(lambda: not self.pre_start_check())
         return self
+
+    def rabbitctl_output(self, *arguments):
+        """Run rabbitmqctl; return what it prints."""
+        command = [PROGRAMS / "rabbitmqctl", *arguments]
+        return subprocess.check_output(command, env=self.envvars, text=True)
 
     def add_quorum_vhost(self):
         """Add a virtual host, in which a plain declaration makes a quorum queue; return its URL."""
@@ -128,9 +143,30 @@ class Broker(RabbitMqExecutor):
             return list(got)
 
 
+def accepts_connections(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+@functools.cache
+def own_ports():
+    """Return ports that no other process with these tests chooses, whatever started it.
+
+    The first one of a share is taken for as long as this process lives, with what is returned.
+    """
+    ports = sorted(port_for.available_good_ports())
+    for number in range(SHARES):
+        with contextlib.suppress(OSError):
+            mark = socket.create_server(("127.0.0.1", ports[number]))
+            return mark, set(ports[SHARES + number :: SHARES])
+    raise port_for.PortForException("too many tests on this machine")
+
+
 def free_port():
-    port = port_for.select_random(PORTS)
-    PORTS.remove(port)
+    _, ports = own_ports()
+    port = port_for.select_random(ports)
+    ports.remove(port)
     return port
 
 
@@ -145,9 +181,8 @@ def servers():
     try:
         folder.mkdir()
         port = free_port()
-        command = ["epmd", "-port", str(port)]
-        epmd = TCPExecutor(command, "127.0.0.1", port, timeout=PATIENCE, stderr=subprocess.DEVNULL)
-        started.append(epmd.start())
+        subprocess.Popen(["epmd", "-port", str(port)], stderr=subprocess.DEVNULL)
+        wait_until(lambda: accepts_connections(port))
 
         def start(config="", seed=None):
             started.append(Broker(folder, port, config, seed))

@@ -8,10 +8,9 @@ import struct
 import subprocess
 import time
 
-import port_for
 import pytest
 from conftest import refused
-from servers import free_port, wait_until
+from servers import accepts_connections, free_port, wait_until
 
 # As input: task n is on line n, and every tenth line is blank. The first part fits into a pipe.
 LINES = [b"" if number % 10 == 0 else b"%d" % number for number in range(1, 10_001)]
@@ -24,7 +23,7 @@ def network(run, broker):
     """Something between a producer and the broker, that can end: its URL, and its process."""
     port = free_port()
     process = run("", "tests/proxy.py", str(port), str(broker.port))
-    wait_until(lambda: port_for.port_is_used(port))
+    wait_until(lambda: accepts_connections(port))
     return f"amqp://127.0.0.1:{port}", process
 
 

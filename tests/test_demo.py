@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import time
 import xml.etree.ElementTree
+from pathlib import Path
 
 import pexpect
 import psutil
 import pytest
-from servers import wait_until
+from servers import PATIENCE, wait_until
 
 FEW = ["--workers", "2", "--tasks", "4", "--long", "2", "--short", "1"]
 DEMO = ["tests/demo.py", *FEW]
@@ -43,11 +45,22 @@ def test_the_picture_of_a_run_shows_round_robin_and_fair_dispatch(broker, run, t
     assert broker.ready("work-queue-demo") is None
 
 
-@pytest.mark.parametrize("moment", ["epmd", "beam.smp", "|L1"])
+def wait_for_child(pid, number):
+    """Wait until a process begins to start its nth child, and not any longer."""
+    children, seen = Path(f"/proc/{pid}/task/{pid}/children"), set()
+    end = time.monotonic() + PATIENCE
+    while len(seen) < number:
+        seen.update(children.read_text().split())
+        assert time.monotonic() < end
+
+
+@pytest.mark.parametrize("moment", [*4 * ["first child", "second child"], "beam.smp", "|L1"])
 def test_ctrl_c_leaves_no_process_no_file_and_no_terminal_setting(moment, terminal, tmp_path):
     without_broker = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = terminal(*DEMO, url="", env=without_broker)
-    if moment in ("epmd", "beam.smp"):
+    if "child" in moment:
+        wait_for_child(demo.pid, 1 + (moment == "second child"))
+    elif moment == "beam.smp":
         wait_until(lambda: moment in started_in(tmp_path))
     else:
         demo.expect_exact(moment)

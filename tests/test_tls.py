@@ -6,11 +6,10 @@ import ssl
 import threading
 from datetime import datetime, timedelta, timezone
 
-import port_for
 import pytest
 import trustme
 from conftest import refused
-from servers import free_port, wait_until
+from servers import accepts_connections, free_port, wait_until
 
 both_scripts = pytest.mark.parametrize("script", ["new_task.py", "worker.py"])
 
@@ -38,7 +37,7 @@ def port(new_broker, authority):
         ssl_options.keyfile = {folder / "key.pem"}
         """
     )
-    wait_until(lambda: port_for.port_is_used(port))  # it may open later than the other port
+    wait_until(lambda: accepts_connections(port))  # it may open later than the other port
     return port
 
 
