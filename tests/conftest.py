@@ -91,6 +91,13 @@ class Script:
         """The tasks of the lines that say "Received" or "Sent", as they are shown."""
         return [line.split("'")[1] for line in self.out if word in line]
 
+    def tracebacks(self):
+        """The lines of tracebacks that are the script's own, not those of a function it calls."""
+        wrong = '(new_task|worker).py", line|Exception ignored'
+        if "--function" not in self.process.args:
+            wrong += "|Traceback"
+        return [line for line in self.err if re.search(wrong, line)]
+
     def wait(self, timeout=PATIENCE):
         """Wait for the end; return the exit status."""
         status = self.process.wait(timeout)
@@ -174,12 +181,8 @@ def run():
     yield start
     for script in scripts:
         script.end()
-    # Tracebacks are those of a function that a worker calls, and nothing of the worker's own.
-    wrong = '(new_task|worker).py", line|Exception ignored'
     for script in scripts:
-        calls = "--function" in script.process.args
-        for line in script.err:
-            assert not re.search(wrong if calls else f"{wrong}|Traceback", line), script.err
+        assert not script.tracebacks(), script.err
 
 
 @pytest.fixture

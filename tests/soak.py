@@ -6,8 +6,9 @@
     tests/soak.py --cluster              three nodes; one after the other is killed and comes back
     tests/soak.py --seed 7               the same faults at the same tasks once more
 
-Some tasks fail once or twice, some always. Each is a command that writes down what became of it:
-that, not what a worker says, tells what was done. To be run by hand; test_soak.py has a short form.
+Some tasks fail once or twice, some always. Half of the workers run a command, half call a
+function, and both write down what became of a task: that, not what a worker says, tells what was
+done. To be run by hand; test_soak.py has a short form.
 """
 
 import argparse
@@ -21,9 +22,15 @@ import threading
 import time
 from pathlib import Path
 
-import port_for
 from conftest import ROOT, Script, longest_pause
-from servers import PATIENCE, free_port, servers, start_cluster, wait_until
+from servers import (
+    PATIENCE,
+    accepts_connections,
+    free_port,
+    servers,
+    start_cluster,
+    wait_until,
+)
 
 HEARTBEAT = 2  # seconds
 STALL = 3 * HEARTBEAT  # seconds, longer than the two after which a connection counts as lost
@@ -35,13 +42,33 @@ STUCK = 200  # ... but when a node was lost: RabbitMQ moves a task once more aft
 ALWAYS = 99  # times that a task fails
 FAILURES = {0: 85, 1: 6, 2: 5, ALWAYS: 4}  # times that a task fails: how many percent do
 
-# A task's text is its name, and how often it is to fail; $0 is a folder.
-WORK = """
+# A task's text is its name, and how often it is to fail. Both do the same with it, in the same
+# folder; but a function also takes its process with it when it fails for the first time.
+COMMAND = """
 read name fails times
 sleep 0.3
-[ "$(grep -cx "$name" "$0/failed")" -ge "$times" ] || { echo "$name" >> "$0/failed"; exit 3; }
-echo "$name" >> "$0/done"
+[ "$(grep -cx "$name" failed)" -ge "$times" ] || { echo "$name" >> failed; exit 3; }
+echo "$name" >> done
 """
+FUNCTION = """
+import os, sys, time
+
+def note(name, file):
+    with open(file, "a") as lines:
+        print(name, file=lines)
+
+def work(body):
+    name, _, times = body.decode().split()
+    time.sleep(0.3)
+    with open("failed") as lines:
+        failures = lines.read().split().count(name)
+    if failures < int(times):
+        note(name, "failed")
+        sys.exit(3) if failures else os._exit(3)
+    note(name, "done")
+"""
+WORKS = (["sh", "-c", COMMAND], ["--function", "job:work"])  # of one worker, of the next, ...
+REASONS = ("exit status 3", "SystemExit(3)")
 
 
 class Soak:
@@ -53,6 +80,7 @@ class Soak:
         self.folder = folder
         for name in ("done", "failed"):
             (folder / name).touch()
+        (folder / "job.py").write_text(FUNCTION)
         self.moments = moments
         self.url = nodes[0].url_of(vhost=vhost)  # for what is done beside the scripts
         self.proxy = None
@@ -61,13 +89,13 @@ class Soak:
             port, target = free_port(), nodes[0].port
             command = [sys.executable, ROOT / "tests" / "proxy.py", str(port), str(target)]
             self.proxy = subprocess.Popen(command)
-            wait_until(lambda: port_for.port_is_used(port))
+            wait_until(lambda: accepts_connections(port))
             url = nodes[0].url_of(vhost=vhost, query=f"?heartbeat={HEARTBEAT}")
             self.urls = [url.replace(f":{target}/", f":{port}/")]
         self.scripts = []  # all, those that were killed, too
         self.events = []  # (time.monotonic(), what was done to them)
         self.unsure = 0  # tasks that may be in a queue twice, by whatever was killed
-        self.workers = [self.worker() for _ in range(workers)]
+        self.workers = [self.worker(number) for number in range(workers)]
         self.producer = self.script("new_task.py", "-", stdin=subprocess.PIPE)
         self.tasks = {}  # those written: how often each is to fail
         self.peak = 0  # of the tasks that are not confirmed
@@ -84,9 +112,9 @@ class Soak:
         self.scripts.append(Script([ROOT / name, *arguments], ",".join(self.urls), **options))
         return self.scripts[-1]
 
-    def worker(self):
+    def worker(self, number):
         options = ["--retries", str(RETRIES), "--retry-delay", str(RETRY_DELAY)]
-        return self.script("worker.py", *options, "sh", "-c", WORK, self.folder)
+        return self.script("worker.py", *options, *WORKS[number % 2], cwd=self.folder)
 
     def write(self, name, times):
         self.producer.process.stdin.write(f"{name} fails {times}\n".encode())
@@ -113,7 +141,7 @@ class Soak:
         number = self.moments.randrange(len(self.workers))
         self.note(f"killing worker {self.workers[number].process.pid}")
         self.workers[number].signal(signal.SIGKILL)
-        self.workers[number] = self.worker()
+        self.workers[number] = self.worker(number)
 
     def kill_broker(self):
         node = self.moments.choice(self.nodes)
@@ -272,7 +300,7 @@ def soak(nodes, folder, *, vhost, seed, tasks, rate, workers, kills, outages, cu
     names = {line.split("'")[1].split()[0] for line in run.producer.out}
     done, letters = run.lines("done"), run.dead_letters()
     ends = done + collections.Counter(name for name, _ in letters)
-    right = [run.tasks[name] == ALWAYS and why == "exit status 3" for name, why in letters]
+    right = [run.tasks[name] == ALWAYS and why in REASONS for name, why in letters]
     repeated = sum(ends.values()) - len(ends)
     unacknowledged = sum((done - run.acknowledged()).values())
     in_hand = len(run.moments_of("Waiting"))  # for no connection ends with more than one task
@@ -280,7 +308,7 @@ def soak(nodes, folder, *, vhost, seed, tasks, rate, workers, kills, outages, cu
     worked = [*run.moments_of("Done"), *run.moments_of("Failed")]
     worked = sorted(moment for moment in worked if moment > run.begin)
     still = max(longest_pause([run.begin, *sent]), longest_pause([run.begin, *worked]))
-    errors = [line for script in run.scripts for line in script.err]
+    called = [script for script in run.scripts if "--function" in script.process.args]
     return {
         "seed": seed,
         "seconds": round(seconds),
@@ -289,6 +317,7 @@ def soak(nodes, folder, *, vhost, seed, tasks, rate, workers, kills, outages, cu
         "failed once or twice, and then done": sum(
             0 < times < ALWAYS for times in run.tasks.values()
         ),
+        "done by a function": sum(len(script.moments("Done")) for script in called),
         "failed always: dead letters": len({name for name, _ in letters}),
         "workers killed": kills,
         "broker killed": outages,
@@ -308,7 +337,7 @@ def soak(nodes, folder, *, vhost, seed, tasks, rate, workers, kills, outages, cu
         "wrong: a cluster stood still": int(len(nodes) > 1 and still > STOOD_STILL),
         "wrong: workers that ended by themselves": len(died) + sum(map(bool, statuses)),
         "wrong: exit status of the producer": sent_status,
-        "wrong: tracebacks": sum("Traceback" in line for line in errors),
+        "wrong: tracebacks": sum(len(script.tracebacks()) for script in run.scripts),
     }
 
 
