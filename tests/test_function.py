@@ -134,16 +134,17 @@ def test_only_the_original_of_a_function_that_forks_answers(broker, worker, publ
         "raise ValueError('of this task')": "ValueError('of this task')"
     }
     assert calling.out.count(" [x] Done") == 3
+    assert calling.moments("Done")[2] - calling.moments("Received")[2] >= 1  # no copy's answer
 
 
 def test_a_call_past_the_time_limit_is_killed_with_all_that_it_has_started(worker, publish):
     publish(b"stubborn()")
-    publish(b"print('next')")
     calling = worker("--time-limit", "1", *ONCE)
     failed = calling.wait_for("Failed: time limit of 1 s")
     assert failed - calling.wait_for("Received") < 1 + 2 * AT_ONCE
     assert_ended(pids_of(calling))
-    calling.wait_for("next")
+    publish(b"print('next')")
+    calling.wait_for("Done")
 
 
 def test_starting_and_importing_take_nothing_of_the_time_limit(worker, publish, job):
@@ -153,7 +154,7 @@ def test_starting_and_importing_take_nothing_of_the_time_limit(worker, publish, 
     limits = ["--time-limit", "1", "--retries", "0", "--function", "job:do"]
     calling = worker(*limits, cwd=folder)
     calling.wait_for("exit status 1")
-    calling.wait_for("next")
+    calling.wait_for("Done")
     assert not any("time limit" in line for line in calling.out)
 
 
