@@ -4,14 +4,16 @@ import fcntl
 import hashlib
 import os
 import random
+import select
 import signal
 import sys
+import termios
 import time
 
 import pytest
 from commands import GRACE, POLITE, STUBBORN, assert_ended, pids_of
 from conftest import ROOT, WAITING
-from servers import wait_until
+from servers import PATIENCE, wait_until
 
 RANDOM = random.Random(1)
 F_SETPIPE_SZ = 1031  # Linux; Python has it since 3.10
@@ -196,6 +198,10 @@ def test_sigterm_lets_the_command_finish(broker, worker, send, queue):
     assert broker.bodies(queue) == [b"next"]
 
 
+def waiting_bytes(pipe):
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_command_that_makes_standard_output_non_blocking_loses_no_line(
     run, broker, publish, queue, monkeypatch, unbuffered
@@ -211,11 +217,14 @@ def test_a_command_that_makes_standard_output_non_blocking_loses_no_line(
     running = run(broker, *command, stdout=writing)
     os.close(writing)
     # when it has waited for the reader, then every line is there.
-    wait_until(lambda: broker.ready(queue) < 45)
+    wait_until(lambda: waiting_bytes(reading) > 3500)
     text = b""
     while text.count(b"Done") < 60:
-        time.sleep(0.01)
-        text += os.read(reading, 1000)
+        time.sleep(0.03)
+        assert select.select([reading], [], [], PATIENCE)[0], "a line was lost"
+        read = os.read(reading, 100)
+        assert read, running.err
+        text += read
     assert text.count(b"Received") == 60
     running.signal(signal.SIGTERM)
     assert running.wait() == 0

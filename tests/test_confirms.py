@@ -308,6 +308,30 @@ def test_until_a_new_connection_confirms_a_task_a_refusal_is_no_end(broker, queu
     assert take(broker, queue) == tasks
 
 
+def test_after_a_new_connection_has_confirmed_a_task_a_refusal_is_the_end(broker, queue, producer):
+    limited(broker, queue, **{"x-max-length": 100})
+    ours = producer(broker)
+    write(ours, b"one")
+    ours.wait_for("Sent 'one'")
+    broker.rabbitctl_output("close_all_connections", "for a test")
+    write(ours, *[b"%0100d" % number for number in range(600)], end=True)
+    refused(ours, "full", "100 tasks confirmed; resume from line 101")
+    assert len(ours.err) == 2  # it did not try again
+
+
+def test_after_a_refusal_by_a_new_connection_it_tries_the_next_node(
+    broker, vhosts, queue, producer
+):
+    limited(broker, queue, **{"x-max-length": 1})
+    ours = producer(f"{broker.url},{vhosts['quorum']}")
+    write(ours, b"one")
+    ours.wait_for("Sent 'one'")
+    broker.rabbitctl_output("close_all_connections", "for a test")
+    write(ours, b"two", end=True)
+    assert ours.wait() == 0, ours.err
+    assert broker.bodies(queue, vhosts["quorum"]) == [b"two"]
+
+
 def test_a_killed_broker_costs_no_task(broker, queue, producer, network):
     names = ["classic", "quorum", "interrupted", "terminated", "idle"]
     with broker.channel() as channel:

@@ -27,6 +27,7 @@ PROPERTIES = {
 }
 HEADERS = {"tenant": "Zoë", "attempt": 7, "nested": {"list": [1, None, True]}, "x-mine": "kept"}
 MAX_DELIVERIES = 15
+BEFORE_IT_TRIES_AGAIN = 10  # seconds
 # It fails for a task that begins with "bad", and notes each of them in a file.
 FAIL_IF_BAD = ["sh", "-c", "read task; echo $task >> $0; case $task in bad*) exit 3; esac"]
 POISON = ["sh", "-c", "if grep -q poison; then kill -9 $PPID; fi"]  # it kills its worker
@@ -37,7 +38,7 @@ def take(broker, name, url=None):
     wait_until(lambda: broker.ready(name, url))
     with broker.channel(url) as channel:
         _, properties, body = channel.basic_get(name, auto_ack=True)
-    properties.headers.pop("x-delivery-count", None)  # of this delivery, by a quorum queue
+    assert properties.headers.pop("x-delivery-count", 0) == 0  # of this delivery, by the broker
     return properties, body
 
 
@@ -118,7 +119,7 @@ def test_dead_letters_are_reprocessed_with_all_their_retries(
 ):
     url = vhosts["quorum"]
     publish(b"task", HEADERS, url)
-    worker("--retries", "0", "false", url=url).wait_for("moved to")
+    worker("--retries", "1", *SOON, "false", url=url).wait_for("moved to")
     again = worker("-q", f"{queue}.dlq", "--retries", "1", *SOON, "false", url=url)
     properties, body = take(broker, f"{queue}.dlq.dlq", url)
     assert body == b"task"
@@ -135,6 +136,16 @@ def test_a_retry_count_of_the_senders_does_no_harm(broker, vhosts, worker, publi
     for _ in counts:
         properties, _ = take(broker, f"{queue}.dlq", vhosts[kind])
         assert properties.headers == {"x-retry-count": 1, "x-last-error": "exit status 1"}
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_a_delivery_count_of_the_senders_is_not_copied(
+    broker, vhosts, worker, publish, queue, kind
+):
+    publish(b"task", {**HEADERS, "x-delivery-count": 7, "x-acquired-count": 7}, vhosts[kind])
+    worker("--retries", "0", "false", url=vhosts[kind])
+    properties, _ = take(broker, f"{queue}.dlq", vhosts[kind])
+    assert properties.headers == {**HEADERS, "x-retry-count": 0, "x-last-error": "exit status 1"}
 
 
 def test_of_headers_that_pika_cannot_send_the_copy_has_none_but_all_else(
@@ -261,7 +272,7 @@ def test_a_failed_task_that_cannot_be_moved_stays_in_hand_until_a_signal(
     for number, (name, each) in enumerate(workers):
         sent, status = ((signal.SIGTERM, 0), (signal.SIGINT, 130))[number % 2]
         each.signal(sent)
-        assert each.wait() == status
+        assert each.wait(BEFORE_IT_TRIES_AGAIN) == status
         wait_until(lambda name=name: broker.ready(name) == 1)
         assert not broker.ready(f"{name}.retry")
 
@@ -271,7 +282,7 @@ def test_a_failed_task_that_cannot_be_moved_stays_in_hand_until_a_signal(
     broken = worker("-q", name, "--prefetch-count", "2", not_to_be_run)
     broken.wait_for("retrying in 30 s")
     broken.signal(signal.SIGTERM)
-    assert broken.wait() == 0
+    assert broken.wait(BEFORE_IT_TRIES_AGAIN) == 0
     wait_until(lambda: broker.ready(name) == 2)
 
     # A worker that was told to stop before tries once, and says why the task went back.
@@ -327,15 +338,21 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
         with broker.channel(url) as channel:
             suffix = "retry" if trouble == "retry" else "dlq"
             channel.queue_delete(f"{queue}-{trouble}.{suffix}")
-    not_to_be_run.write_text("#!/bin/sh\necho done")
+    not_to_be_run.write_text("#!/bin/sh\necho begun; sleep 2")
     module.write_text("def do(body): pass  # mended")
     resource.prlimit(workers["room"].process.pid, resource.RLIMIT_FSIZE, (-1, -1))
 
-    # it is finished, and the next one is begun.
+    # it is finished, by a worker that is told to stop, too, and otherwise the next one is begun.
+    stopping = workers.pop("command")
+    stopping.wait_for("begun")
+    stopping.signal(signal.SIGTERM)
+    assert stopping.wait() == 0
+    assert stopping.out[2:] == ["begun", " [x] Done"]
+    assert len(stopping.err) == 1
     wait_until(lambda: broker.ready(f"{queue}-classic.dlq") == 2)
     wait_until(lambda: broker.ready(f"{queue}-quorum.dlq", vhosts["quorum"]) == 2)
     wait_until(lambda: broker.ready(f"{queue}-retry.retry") == 2)
-    for trouble in ("command", "function", "room"):
+    for trouble in ("function", "room"):
         workers[trouble].wait_for("Done", times=2)
     for each in workers.values():
         assert len(each.tasks("Received")) == 2
