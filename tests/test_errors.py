@@ -306,6 +306,18 @@ def test_the_pause_grows_while_no_task_is_acknowledged(broker, worker, publish, 
     done.wait_for("retrying in 1 s", times=2)
 
 
+def test_a_worker_that_was_let_in_once_waits_to_be_let_in_again(run, broker, queue):
+    broker.rabbitctl_output("add_user", "moody", "secret")
+    broker.rabbitctl_output("set_permissions", "moody", ".*", ".*", ".*")
+    worker = run(broker.url_of(login="moody:secret"), "worker.py", "-q", queue)
+    worker.wait_for("Waiting")
+    broker.rabbitctl_output("change_password", "moody", "another")
+    broker.rabbitctl_output("close_all_connections", "maintenance")
+    worker.wait_for("check the user name")
+    broker.rabbitctl_output("change_password", "moody", "secret")
+    worker.wait_for("Waiting", times=2)
+
+
 @pytest.mark.parametrize("user", ["limited", "crowded"])
 def test_a_limit_on_connections_is_waited_for_by_a_worker(run, broker, users, queue, user):
     with broker.channel(users[user]):

@@ -9,6 +9,7 @@ import time
 
 import pika
 import pika.data
+import psutil
 import pytest
 from commands import GRACE, function_of
 from servers import wait_until
@@ -358,6 +359,24 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
         assert len(each.tasks("Received")) == 2
         assert not any("redelivered" in line for line in each.out)
         assert len(each.err) == 1  # nor was the connection lost
+
+
+def test_of_a_task_that_was_taken_back_before_it_failed_there_is_no_copy(
+    broker, worker, send, queue
+):
+    failing = worker("sh", "-c", "sleep 1; exit 3")
+    send(broker, queue, "task")
+    failing.wait_for("Received")
+    # The worker notices both at the same time: that its queue is gone, and that the command is.
+    failing.signal(signal.SIGSTOP)
+    with broker.channel() as channel:
+        channel.queue_delete(queue)
+    (command,) = psutil.Process(failing.process.pid).children()
+    wait_until(lambda: command.status() == psutil.STATUS_ZOMBIE)
+    failing.signal(signal.SIGCONT)
+    failing.wait_for("queue was deleted")
+    assert not broker.ready(f"{queue}.retry")
+    assert not any("Failed" in line for line in failing.out)
 
 
 def test_in_an_alarm_a_failed_task_waits_in_hand_and_then_there_is_one_copy(
