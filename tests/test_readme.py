@@ -19,6 +19,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pexpect
 import pytest
@@ -266,9 +267,9 @@ def normalised(text):
 class Stage:
     """The terminals, the folder and the brokers that README's reader has."""
 
-    def __init__(self, shells, folder, nodes=(), new_broker=None):
+    def __init__(self, shells, folder, nodes=(), cluster=None):
         self.shells, self.folder = shells, folder
-        self.nodes, self.new_broker = list(nodes), new_broker
+        self.nodes, self.cluster = list(nodes), cluster
         self.last_typed = {}  # lines, by terminal
         self.later = []  # commands
 
@@ -399,7 +400,7 @@ class Stage:
             return "restarted"
         if command == "docker compose --profile cluster up -d --wait":
             if len(self.nodes) == 1:
-                self.nodes = start_cluster(self.new_broker)
+                self.nodes = self.cluster.result()
             else:
                 self.nodes[0].start()
             return "it is up"
@@ -444,8 +445,10 @@ def test_readme_does_what_it_says(broker, vhosts, new_broker, terminal, tmp_path
     with broker.channel(vhosts["quorum"]) as channel:
         channel.queue_delete("task_queue")
     shells = [Shell(terminal, folder, vhosts["quorum"], uv) for _ in range(3)]
-    stage = Stage(shells, folder, [broker], new_broker)
-    stage.perform(README, CUES)
+    with ThreadPoolExecutor() as pool:
+        cluster = pool.submit(start_cluster, new_broker)  # while the first sections are done
+        stage = Stage(shells, folder, [broker], cluster)
+        stage.perform(README, CUES)
 
     stage.press(1, 2)
     assert_that_a_task_that_comes_back_too_often_is_a_dead_letter(stage.nodes[0])
