@@ -68,8 +68,8 @@ CONSUMERS = {  # name: command, queue, what fills the queue
     "Dramatiq, one thread": (DRAMATIQ_WORKER, "dramatiq", DRAMATIQ),
 }
 
-FUNCTIONS = {  # a Python function, called in a process other than the one that has the connection
-    "worker.py": (WORKER, "task_queue", NEW_TASK),
+FUNCTIONS = {  # a Python function is called for each task
+    "worker.py, sleeping": (WORKER, "task_queue", NEW_TASK),
     "worker.py --function": (CALLING, "task_queue", NEW_TASK),
     "Celery, prefork pool": (CELERY_PREFORK, "celery", CELERY),
     "Dramatiq, one thread": (DRAMATIQ_WORKER, "dramatiq", DRAMATIQ),
@@ -203,25 +203,28 @@ def medians(runs, measure, cases):
 
 
 def consumers(bench, options):
-    compare(bench, options, CONSUMERS, "tutorial's loop", "tutorial's")
+    compare(bench, options, CONSUMERS, "no-op tasks", "tutorial's")
 
 
 def functions(bench, options):
-    compare(bench, options, FUNCTIONS, "worker.py", "sleeping")
+    compare(bench, options, FUNCTIONS, "function calls", "sleeping")
 
 
-def compare(bench, options, cases, base, title):
+def compare(bench, options, cases, kind, base):
+    """Measure consumers, and compare their rates with that of the one whose name holds `base`."""
+
     def measure(command, name, filler):
         with bench.queue(name) as waiting:
             bench.produce(filler, options.tasks)
             return bench.consume(command, waiting, options.tasks, options.tasks)
 
     results = medians(options.runs, measure, cases)
+    (one,) = (rate for name, (rate, _) in results.items() if base in name)
     rows = [
-        (name, f"{rate:.0f}", f"{rate / results[base][0]:.2f}", f"{peak:.1f}")
+        (name, f"{rate:.0f}", f"{rate / one:.2f}", f"{peak:.1f}")
         for name, (rate, peak) in results.items()
     ]
-    table(("consumer, no-op tasks, prefetch 1", "tasks/s", f"{title} = 1", "peak MiB"), *rows)
+    table((f"consumer, {kind}, prefetch 1", "tasks/s", f"{base} = 1", "peak MiB"), *rows)
 
 
 def producers(bench, options):
