@@ -140,13 +140,15 @@ def test_a_retry_count_of_the_senders_does_no_harm(broker, vhosts, worker, publi
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_a_delivery_count_of_the_senders_is_not_copied(
+def test_a_dead_letter_has_neither_the_senders_expiration_nor_its_delivery_counts(
     broker, vhosts, worker, publish, queue, kind
 ):
-    publish(b"task", {**HEADERS, "x-delivery-count": 7, "x-acquired-count": 7}, vhosts[kind])
+    headers = {**HEADERS, "x-delivery-count": 7, "x-acquired-count": 7}
+    publish(b"task", headers, vhosts[kind], expiration="60000")
     worker("--retries", "0", "false", url=vhosts[kind])
     properties, _ = take(broker, f"{queue}.dlq", vhosts[kind])
     assert properties.headers == {**HEADERS, "x-retry-count": 0, "x-last-error": "exit status 1"}
+    assert properties.expiration is None
 
 
 def test_of_headers_that_pika_cannot_send_the_copy_has_none_but_all_else(
