@@ -20,8 +20,8 @@ def pids_of(worker):
     return list(map(int, line.split()[1:]))
 
 
-def function_of(worker):
-    """Return the process in which a worker calls its function."""
+def child_of(worker):
+    """Return the process that a worker has started: for its function, or for a command."""
     return wait_until(lambda: psutil.Process(worker.process.pid).children())[0]
 
 

@@ -11,7 +11,7 @@ import pika
 import pika.data
 import psutil
 import pytest
-from commands import GRACE, function_of
+from commands import GRACE, child_of
 from servers import wait_until
 
 SOON = ["--retry-delay", "0.2"]
@@ -104,15 +104,18 @@ def test_a_task_past_its_time_limit_is_retried_twice_and_then_is_a_dead_letter(
 
 def test_a_task_that_ends_just_within_its_time_limit_is_done(broker, worker, send, queue):
     sleeping = worker("--time-limit", "2")
-    # It ends between the last two looks that the worker takes.
-    command = ["sh", "-c", "sleep 1.95; echo finished"]
-    running = worker("-q", f"{queue}-command", "--time-limit", "2", *command)
+    running = worker("-q", f"{queue}-command", "--time-limit", "2", "sleep", "1")
     for name in (queue, f"{queue}-command"):
         send(broker, name, "just..")
-    sleeping.wait_for("Done")
-    running.wait_for("finished")
-    running.wait_for("Done")
-    assert not any("Failed" in line for line in sleeping.out + running.out)
+    # The worker looks at a command again when it has ended, and its time is up as well.
+    begin, command = running.wait_for("Received"), child_of(running)
+    running.signal(signal.SIGSTOP)
+    wait_until(lambda: command.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: time.monotonic() > begin + 2.5)
+    running.signal(signal.SIGCONT)
+    for each in (sleeping, running):
+        each.wait_for("Done")
+        assert not any("Failed" in line for line in each.out)
 
 
 def test_dead_letters_are_reprocessed_with_all_their_retries(
@@ -329,7 +332,7 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
     module.write_text("def do(body): pass")
     start("function", "--time-limit", "5", "--function", "job:do", cwd=tmp_path)
     module.write_text("import no_such_module")
-    function_of(workers["function"]).kill()
+    child_of(workers["function"]).kill()
     give("function")
     start("room", "md5sum")  # which gets its standard input from a file
     resource.prlimit(workers["room"].process.pid, resource.RLIMIT_FSIZE, (10_000, -1))
@@ -368,12 +371,11 @@ def test_of_a_task_that_was_taken_back_before_it_failed_there_is_no_copy(
 ):
     failing = worker("sh", "-c", "sleep 1; exit 3")
     send(broker, queue, "task")
-    failing.wait_for("Received")
+    command = child_of(failing)
     # The worker notices both at the same time: that its queue is gone, and that the command is.
     failing.signal(signal.SIGSTOP)
     with broker.channel() as channel:
         channel.queue_delete(queue)
-    (command,) = psutil.Process(failing.process.pid).children()
     wait_until(lambda: command.status() == psutil.STATUS_ZOMBIE)
     failing.signal(signal.SIGCONT)
     failing.wait_for("queue was deleted")

@@ -7,7 +7,7 @@ import time
 
 import psutil
 import pytest
-from commands import assert_ended, function_of, pids_of
+from commands import assert_ended, child_of, pids_of
 from conftest import EXEC, WAITING, refused
 from servers import wait_until
 
@@ -61,7 +61,7 @@ def test_one_process_does_every_task_and_what_it_prints_comes_before_done(worker
     publish(b"print(len(calls), calls[0], end='')  # not flushed")
     calling = worker(*DO)
     calling.wait_for("Done", times=2)
-    process = function_of(calling)
+    process = child_of(calling)
     publish(b"print(os.getpid())")
     calling.wait_for("Done", times=3)
     assert [line for line in calling.out if "Received" not in line] == [
@@ -162,12 +162,12 @@ def test_a_process_that_was_killed_between_two_tasks_is_replaced(worker, publish
     publish(b"print('one')")
     calling = worker(*DO)
     calling.wait_for("Done")
-    first = function_of(calling)
+    first = child_of(calling)
     first.kill()
     assert_ended([first.pid])
     publish(b"print('two')")
     calling.wait_for("Done", times=2)
-    assert function_of(calling) != first
+    assert child_of(calling) != first
     assert calling.err == []
     assert not any("Failed" in line for line in calling.out)
 
@@ -176,7 +176,7 @@ def test_a_process_that_cannot_be_replaced_leaves_the_task_in_hand(broker, worke
     folder = job("do = exec")
     calling = worker("--function", "job:do", cwd=folder)
     job("import no_such_module")
-    function_of(calling).kill()
+    child_of(calling).kill()
     with broker.channel() as channel:
         channel.basic_publish("", queue, b"print('done')")
     calling.wait_for("retrying in 30 s")
@@ -290,7 +290,7 @@ def test_after_sigkill_of_its_worker_a_call_goes_on_and_then_its_process_ends(
     send(broker, queue, f"time.sleep(3); open('{tmp_path}/done', 'a').write('x')")
     calling = worker(*DO)
     calling.wait_for("Received")
-    process = function_of(calling)
+    process = child_of(calling)
     other = worker(*DO)
     begin = time.monotonic()
     calling.signal(signal.SIGKILL)
