@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 WAITING = " [*] Waiting for messages. To exit press CTRL+C"
 EXEC = ["-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"]  # a program not in Python
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide lines that are not flushed
+
 # Ignored, as in the background of a shell script, they would be to the scripts as well.
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),

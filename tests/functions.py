@@ -25,6 +25,11 @@ class Silent(Exception):
         return ""
 
 
+class Loud(Exception):
+    def __repr__(self):
+        return 40 * "\x1b[31m"
+
+
 def crash():
     ctypes.string_at(0)
 

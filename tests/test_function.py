@@ -9,7 +9,7 @@ import psutil
 import pytest
 from commands import assert_ended, child_of, pids_of
 from conftest import EXEC, WAITING, refused
-from servers import wait_until
+from servers import PATIENCE, wait_until
 
 DO = ["--function", "tests.functions:do"]  # what the task says
 ONCE = ["--retries", "0", *DO]
@@ -25,6 +25,7 @@ FAILURES = {  # task: why it fails
     "raise BaseException(1)": "BaseException(1)",
     "no Python": "SyntaxError",
     "raise Silent": "Silent",
+    "raise Loud": r"\x1b[31m\x1b[31m",
     "crash()": "signal 11: Segmentation fault",
     "os.abort()": "signal 6: Aborted",
     "os._exit(3)": "exit status 3",
@@ -76,6 +77,15 @@ def test_one_process_does_every_task_and_what_it_prints_comes_before_done(worker
     assert calling.wait() == 0
     assert_ended([process.pid])
     assert calling.err == []
+
+
+def test_a_process_ends_with_its_worker_and_takes_along_what_it_has_started(worker, publish):
+    publish(b"print('pids', os.getpid(), subprocess.Popen(['sleep', '60']).pid)")
+    calling = worker(*DO)
+    calling.wait_for("Done")
+    calling.signal(signal.SIGTERM)
+    assert calling.process.wait(PATIENCE) == 0
+    assert_ended(pids_of(calling))
 
 
 def test_any_body_arrives_as_it_is(worker, publish, job):
