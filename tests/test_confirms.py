@@ -291,42 +291,46 @@ def test_a_producer_that_was_stopped_for_long_has_not_lost_its_connection(broker
     assert len(broker.bodies(queue)) == len(TASKS)
 
 
-def test_until_a_new_connection_confirms_a_task_a_refusal_is_no_end(broker, queue, producer):
-    # Given a producer that has lost its connection while it waited for input, and a full queue.
-    limited(broker, queue, **{"x-max-length": 1})
-    ours = producer(broker)
-    write(ours, b"one")
-    ours.wait_for("Sent 'one'")
-    broker.rabbitctl_output("close_all_connections", "for a test")
+@pytest.fixture
+def disconnected(broker, queue, producer):
+    """A producer that has lost its connection while it waited for input, and a limited queue."""
+
+    def start(limit, url=None):
+        limited(broker, queue, **{"x-max-length": limit})
+        ours = producer(url or broker)
+        write(ours, b"one")
+        ours.wait_for("Sent 'one'")
+        broker.rabbitctl_output("close_all_connections", "for a test")
+        return ours
+
+    return start
+
+
+MORE_TASKS = [b"%0100d" % number for number in range(600)]  # they fit into a pipe
+
+
+def test_until_a_new_connection_confirms_a_task_a_refusal_is_no_end(broker, queue, disconnected):
+    ours = disconnected(limit=1)
     # When it reads on before the first confirmation, which is a refusal, then it tries again.
-    tasks = [b"%0100d" % number for number in range(600)]  # they fit into a pipe
-    write(ours, *tasks, end=True)
+    write(ours, *MORE_TASKS, end=True)
     ours.wait_for("reconnecting")
     with broker.channel() as channel:
         channel.queue_delete(queue)  # it declares one without a limit
     assert ours.wait() == 0, ours.err
-    assert take(broker, queue) == tasks
+    assert take(broker, queue) == MORE_TASKS
 
 
-def test_after_a_new_connection_has_confirmed_a_task_a_refusal_is_the_end(broker, queue, producer):
-    limited(broker, queue, **{"x-max-length": 100})
-    ours = producer(broker)
-    write(ours, b"one")
-    ours.wait_for("Sent 'one'")
-    broker.rabbitctl_output("close_all_connections", "for a test")
-    write(ours, *[b"%0100d" % number for number in range(600)], end=True)
+def test_after_a_new_connection_has_confirmed_a_task_a_refusal_is_the_end(disconnected):
+    ours = disconnected(limit=100)
+    write(ours, *MORE_TASKS, end=True)
     refused(ours, "full", "100 tasks confirmed; resume from line 101")
     assert len(ours.err) == 2  # it did not try again
 
 
 def test_after_a_refusal_by_a_new_connection_it_tries_the_next_node(
-    broker, vhosts, queue, producer
+    broker, vhosts, queue, disconnected
 ):
-    limited(broker, queue, **{"x-max-length": 1})
-    ours = producer(f"{broker.url},{vhosts['quorum']}")
-    write(ours, b"one")
-    ours.wait_for("Sent 'one'")
-    broker.rabbitctl_output("close_all_connections", "for a test")
+    ours = disconnected(limit=1, url=f"{broker.url},{vhosts['quorum']}")
     write(ours, b"two", end=True)
     assert ours.wait() == 0, ours.err
     assert broker.bodies(queue, vhosts["quorum"]) == [b"two"]
