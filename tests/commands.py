@@ -33,3 +33,11 @@ def assert_ended(pids):
 
     # At once, but a killed process needs a turn on the processor to end.
     wait_until(lambda: not any(map(runs, pids)), timeout=GRACE / 2)
+
+
+def kill_child_of(worker):
+    """Kill the process that a worker has started, and wait for its end; return it."""
+    process = child_of(worker)
+    process.kill()
+    assert_ended([process.pid])
+    return process

@@ -11,7 +11,7 @@ import pika
 import pika.data
 import psutil
 import pytest
-from commands import GRACE, child_of
+from commands import GRACE, child_of, kill_child_of
 from servers import wait_until
 
 SOON = ["--retry-delay", "0.2"]
@@ -332,7 +332,7 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
     module.write_text("def do(body): pass")
     start("function", "--time-limit", "5", "--function", "job:do", cwd=tmp_path)
     module.write_text("import no_such_module")
-    child_of(workers["function"]).kill()
+    kill_child_of(workers["function"])
     give("function")
     start("room", "md5sum")  # which gets its standard input from a file
     resource.prlimit(workers["room"].process.pid, resource.RLIMIT_FSIZE, (10_000, -1))

@@ -7,7 +7,7 @@ import time
 
 import psutil
 import pytest
-from commands import assert_ended, child_of, pids_of
+from commands import assert_ended, child_of, kill_child_of, pids_of
 from conftest import EXEC, WAITING, refused
 from servers import PATIENCE, wait_until
 
@@ -144,7 +144,8 @@ def test_only_the_original_of_a_function_that_forks_answers(broker, worker, publ
         "raise ValueError('of this task')": "ValueError('of this task')"
     }
     assert calling.out.count(" [x] Done") == 3
-    assert calling.moments("Done")[2] - calling.moments("Received")[2] >= 1  # no copy's answer
+    # The third answer is not that of a copy, which comes after half a second.
+    assert calling.moments("Done")[2] - calling.moments("Received")[2] > 0.8
 
 
 def test_a_call_past_the_time_limit_is_killed_with_all_that_it_has_started(worker, publish):
@@ -172,9 +173,7 @@ def test_a_process_that_was_killed_between_two_tasks_is_replaced(worker, publish
     publish(b"print('one')")
     calling = worker(*DO)
     calling.wait_for("Done")
-    first = child_of(calling)
-    first.kill()
-    assert_ended([first.pid])
+    first = kill_child_of(calling)
     publish(b"print('two')")
     calling.wait_for("Done", times=2)
     assert child_of(calling) != first
@@ -186,7 +185,7 @@ def test_a_process_that_cannot_be_replaced_leaves_the_task_in_hand(broker, worke
     folder = job("do = exec")
     calling = worker("--function", "job:do", cwd=folder)
     job("import no_such_module")
-    child_of(calling).kill()
+    kill_child_of(calling)
     with broker.channel() as channel:
         channel.basic_publish("", queue, b"print('done')")
     calling.wait_for("retrying in 30 s")
