@@ -5,18 +5,22 @@
 # ///
 """Process the tasks that new_task.py sends to a RabbitMQ work queue.
 
-  worker.py                                  sleep a second for each dot in a task
-  worker.py --prefetch-count 0               no limit on prefetched tasks: round-robin dispatch
-  worker.py -q thumbs --function thumbs:make call a Python function with each task, as bytes
-  worker.py -q thumbs ./thumb.sh             run a command for each task, with the task on stdin
+  worker.py                       sleep a second for each dot in a task
+  worker.py --prefetch-count 0    no prefetch limit: tasks are dealt out in turn
+  worker.py -q thumbs --function thumbs:make
+                                  call a Python function with each task
+  worker.py -q thumbs ./thumb.sh  run a command with each task on standard input
 
-Start as many workers as you like: each task goes to one of them. It is acknowledged when
-done, so if a worker dies, another gets its task, which may then be done twice. A failed
-task is retried via QUEUE.retry; after the last retry it is moved to QUEUE.dlq. CTRL+C stops
-a worker; SIGTERM lets it finish its task; a second signal stops it at once.
+Start as many workers as you like: each task goes to one of them. It is
+acknowledged when done, so if a worker dies, another gets its task, which may
+then be done twice. A failed task is retried via QUEUE.retry; after the last
+retry it is moved to QUEUE.dlq, as a dead letter (a task that was given up).
+CTRL+C stops a worker at once, and its task is requeued; SIGTERM lets it finish
+the task; a second signal stops it whatever it is doing.
 """
 
 import argparse
+import asyncio
 import collections
 import contextlib
 import inspect
@@ -32,17 +36,17 @@ import sys
 import tempfile
 import time
 import traceback
+from multiprocessing.connection import Connection, Pipe
 
 import pika
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 TICK = 0.1  # maximum seconds between checks of the connection and signals
-LONGEST_PAUSE = 30  # seconds between attempts
-STABLE_AFTER = 60  # seconds connected, after which the pauses restart at 1
-GRACE = 5  # seconds between SIGTERM and SIGKILL for a command
+PAUSE = 3  # seconds until the next attempt: to connect, to move a failed task, to start a process
+GRACE = 5  # seconds between SIGTERM and SIGKILL for a command or function
 MAX_DELIVERIES = 15  # of a task that is never finished; a quorum queue would drop it after 20
 
-# What pika may raise.
+# What pika may raise: ValueError if the connection is reset at once, or a host name is malformed.
 ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError, ValueError)
 # Windows lacks two of these.
 INTERRUPTS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGHUP", "SIGQUIT")}
@@ -57,85 +61,92 @@ class Worker:
 
     def __init__(self, options):
         self.options = options
+        self.nodes = options.url  # of the broker, as pika's connection parameters
+        self.channel = None  # on which the tasks are delivered
         self.has_consumed = False
-        self.pause = 1  # seconds until the next attempt to connect
         self.signals = []  # received so far
-        self.busy = False  # a task is in hand, so a first signal is left to wait() and consume()
-        self.working = False  # a process may be running, so every signal is left to wait()
+        self.busy = False  # tasks are in hand, so the first signal is left to consume() and wait()
         self.deadline = math.inf  # of the task, by time.monotonic()
-        self.process = None  # in which the function is called; self.pipe leads to it
+        self.process = None  # of the command, while it runs, or of the function
+        self.pipe = None  # to the function's process
 
     def consume(self, connection):
         queue = self.options.queue
-        channel = declare(connection, queue)
+        self.channel = channel = declare(connection, queue)
         channel.basic_qos(prefetch_count=self.options.prefetch_count)
 
-        # The tutorial does the work in this callback. But until it returns, pika can't report that
-        # the broker has cancelled the consumer, so the loop below does the work.
+        # The tutorial does the work in this callback. But until it returns, pika does not report
+        # that the broker has cancelled the consumer, so another worker might already be doing the
+        # task again; and it answers heartbeats only if asked to. So the loop below does the work.
         deliveries = collections.deque()
         channel.basic_consume(queue, on_message_callback=lambda *args: deliveries.append(args))
 
         say(" [*] Waiting for messages. To exit press CTRL+C")
         self.has_consumed = True
-        while channel.consumer_tags:  # until the broker cancels the consumer
-            if deliveries and not self.signals:
-                self.busy = True
-                self.process_task(*deliveries.popleft())
+        while channel.consumer_tags:  # until the broker or process_task() cancels the consumer
+            # In this order: each signal either ends the script in on_signal(), or is seen here.
             self.busy = bool(deliveries)
             if self.signals:
-                channel.stop_consuming()
-                # Give back what was prefetched. Closing the connection would do that, too, but a
-                # quorum queue counts it as a failed delivery, and drops a task after 20.
-                channel.basic_nack(0, multiple=True, requeue=True)  # 0: all unacknowledged
-                connection.close()
-                self.exit()
+                break
             connection.process_data_events(time_limit=0 if deliveries else None)
-        raise pika.exceptions.ConsumerCancelled(CANCELLED)
+            if deliveries and channel.consumer_tags and not self.signals:
+                self.busy = True
+                self.process_task(*deliveries.popleft())
+        if not self.signals:
+            raise pika.exceptions.ConsumerCancelled(CANCELLED)
+        # Requeue what was prefetched. Closing the connection would do that, too, but counts as a
+        # failed delivery, of which a quorum queue takes 20. RabbitMQ 4.3 does not count a nack.
+        channel.stop_consuming()
+        channel.basic_nack(0, multiple=True, requeue=True)  # 0: all unacknowledged
+        connection.close()
+        sys.exit(self.exit_status())
 
     def process_task(self, ch, method, properties, body):
         say(f" [x] Received {shown(body)}{' (redelivered)' if method.redelivered else ''}")
 
-        # Unless a task is redelivered, x-delivery-count may come from the sender.
-        deliveries = count_in(properties.headers, "x-delivery-count") if method.redelivered else 0
+        # Quorum queues count in this header how often they have delivered a task before; in a
+        # task delivered for the first time, it may come from the sender.
+        delivered = count_in(properties.headers, "x-delivery-count") if method.redelivered else 0
         retries = self.options.retries
-        if deliveries >= MAX_DELIVERIES:
-            failure = f"delivered {deliveries} times, never finished"
+        if delivered >= MAX_DELIVERIES:
+            failure = f"delivered {delivered} times, never finished"
             retries = 0
         else:
-            failure = self.work(ch, body)
+            failure = self.work(body)
         if failure:
-            self.move_failed_task(ch, properties, body, printable(failure)[:300], retries)
+            self.move_failed_task(properties, body, escaped(failure)[:300], retries)
 
         if self.signals:
             ch.stop_consuming()  # otherwise the acknowledgement would bring the next task
         ch.basic_ack(delivery_tag=method.delivery_tag)
-        self.pause = 1
         if not failure:
             say(" [x] Done")
 
     # ---- The work ----
 
-    def work(self, ch, body):
-        """Do a task. Return None when it is done, or why it failed.
+    def work(self, body):
+        """Do a task. Return None when it is done, or the reason why it failed.
 
-        Code of your own here must not raise errors, and must call self.wait(ch) often.
+        Code of your own is best called by --function. Here, it would have to call self.wait()
+        often. An exception would requeue the task: OSError, ValueError and pika's errors make the
+        worker reconnect, any other one ends it.
         """
-        self.working = bool(self.options.function or self.options.command)
         try:
             if self.options.function:
-                return self.call_function(ch, body)
+                return self.call_function(body)
             if self.options.command:
-                return self.run_command(ch, body)
-            return self.sleep(ch, body)
+                return self.run_command(body)
+            return self.sleep(body)
         except TimeLimitExceeded:
-            return f"time limit of {self.options.time_limit:g} s"
+            return f"exceeded the time limit of {self.options.time_limit:g} s"
         finally:
-            self.working, self.deadline = False, math.inf
-            for stream in (sys.stdout, sys.stderr):  # some commands leave them non-blocking
-                with contextlib.suppress(AttributeError):  # on Windows
-                    os.set_blocking(stream.fileno(), True)
+            self.deadline = math.inf
 
-    def wait(self, ch, until=None):
+    def start_clock(self):
+        """Begin the time limit; starting a process doesn't count towards it."""
+        self.deadline = time.monotonic() + self.options.time_limit
+
+    def wait(self, until=None):
         """Wait until a moment of time.monotonic(), by default now; let pika answer heartbeats.
 
         Raises ConsumerCancelled if the broker has taken the task back, TimeLimitExceeded if the
@@ -144,88 +155,80 @@ class Worker:
         until = until or time.monotonic()
         while True:
             left = min(until, self.deadline) - time.monotonic()
-            ch.connection.process_data_events(time_limit=min(max(0, left), TICK))
-            if not ch.consumer_tags:
+            self.channel.connection.process_data_events(time_limit=min(max(0, left), TICK))
+            if not self.channel.consumer_tags:
                 raise pika.exceptions.ConsumerCancelled(CANCELLED)
-            if INTERRUPTS.intersection(self.signals) or len(self.signals) > 1:
-                self.exit()
+            if INTERRUPTS.intersection(self.signals):
+                sys.exit(self.exit_status())
             if left <= 0:
                 if self.deadline < until:
                     raise TimeLimitExceeded
                 return
 
-    def sleep(self, ch, body):
+    def sleep(self, body):
         """Sleep a second for each dot."""
-        start = time.monotonic()
-        self.deadline = start + self.options.time_limit
+        start = time.monotonic()  # before the clock, so that just the time limit is not too long
+        self.start_clock()
         dots = body.count(b".")
         show_dots = dots and sys.stdout.isatty()
         try:
             for second in range(1, dots + 1):
-                self.wait(ch, start + second)
+                self.wait(start + second)
                 if show_dots:
                     say(".", end="", flush=True)
         finally:
-            if show_dots and len(self.signals) < 2:  # a stopped terminal would block
+            if show_dots:
                 say("")
 
-    def run_command(self, ch, body):
-        process = self.start_command(ch, body)
+    def run_command(self, body):
+        """Run the command with a task as its standard input."""
+        self.process = process = self.start_command(body)
+        self.start_clock()
         try:
-            self.deadline = time.monotonic() + self.options.time_limit
             while process.poll() is None:
                 try:
-                    process.wait(TICK)
+                    process.wait(TICK)  # returns as soon as it ends
                 except subprocess.TimeoutExpired:
-                    self.wait(ch)
+                    self.wait()
         except BaseException:
-            self.terminate(process)
+            self.terminate()
             raise
+        self.process = None  # so that what it has left running is left alone
         return outcome(process.returncode)
 
-    def start_command(self, ch, body):
-        """Start the command in a process group of its own, with a task as its standard input."""
+    def start_command(self, body):
         command = self.options.command
         while True:
             try:
+                # A pipe would have to be fed while pika answers heartbeats.
                 with tempfile.TemporaryFile() as stdin:
                     stdin.write(body)
                     stdin.seek(0)
                     return subprocess.Popen(command, stdin=stdin, start_new_session=True)
             except OSError as error:
-                self.keep_in_hand(ch, f"Can't run {command[0]}: {explain(error)}")
+                self.keep_in_hand(f"Can't run {command[0]}: {explain(error)}")
 
-    def terminate(self, process):
-        """End a command, and all that it has started: with SIGTERM, finally with SIGKILL."""
-        deadline = time.monotonic() + GRACE
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or another user's
-            os.killpg(process.pid, signal.SIGTERM)
-            while time.monotonic() < deadline and len(self.signals) < 2:
-                process.poll()  # reap it: a zombie still counts as alive
-                os.killpg(process.pid, 0)  # is any of them left?
-                time.sleep(0.02)
-        kill_group(process)
-
-    def call_function(self, ch, body):
+    def call_function(self, body):
         """Call the function in its process, which may have ended since the last task."""
-        if self.process.poll() is not None or self.pipe.poll():  # the pipe's end
-            kill_group(self.process)
-            while problem := self.start_function(ch):
-                self.keep_in_hand(ch, f"Can't call {self.options.function}: {problem}")
-        self.deadline = time.monotonic() + self.options.time_limit
+        # Something to read before a call means that the pipe's other end is closed.
+        while not self.process or self.process.poll() is not None or self.pipe.poll():
+            if problem := self.start_function():
+                self.keep_in_hand(f"Can't call {self.options.function}: {problem}")
+        self.start_clock()
         with contextlib.suppress(OSError):  # it has ended just now
             self.pipe.send_bytes(body)
-        return self.wait_for_answer(ch)
+        return self.wait_for_answer()
 
-    def start_function(self, ch=None):
+    def start_function(self):
         """Start the function's process: this script once more, see serve().
 
-        Return None when it is ready, or why it is not.
+        A thread could not be stopped, and a function that keeps Python busy would hold up its
+        heartbeats; a process of multiprocessing would inherit the connection to the broker.
+        Return None when the process is ready, or why it is not.
         """
-        import multiprocessing  # costs a MiB
-
+        self.terminate()
         try:
-            self.pipe, theirs = multiprocessing.Pipe()
+            self.pipe, theirs = Pipe()
             with theirs:
                 fd = theirs.fileno()
                 command = [sys.executable, __file__, f"--serve={fd}", *sys.argv[1:]]
@@ -234,38 +237,52 @@ class Worker:
                 )
         except OSError as error:
             return explain(error)
-        return self.wait_for_answer(ch)
+        return self.wait_for_answer()
 
-    def wait_for_answer(self, ch):
+    def wait_for_answer(self):
         """Wait for the answer of the function's process: None, or why the call failed.
 
-        If the wait ends in any other way, the process is killed.
+        If the wait ends in any other way, the process is ended.
         """
+        process = self.process
         try:
-            while not self.pipe.poll(TICK) and self.process.poll() is None:
-                if ch:
-                    self.wait(ch)
+            # Both, as what the function has started may hold the pipe open after its process's end.
+            while not self.pipe.poll(TICK) and process.poll() is None:
+                if self.channel:
+                    self.wait()
         except BaseException:
-            kill_group(self.process)
+            self.terminate()
             raise
         with contextlib.suppress(EOFError, OSError):  # it has ended without an answer
             if self.pipe.poll():
                 return self.pipe.recv_bytes().decode() or None
-        kill_group(self.process)
-        return outcome(self.process.poll()) or "its process ended without an answer"
+        self.terminate()
+        return outcome(process.returncode) or "its process ended without an answer"
 
-    def keep_in_hand(self, ch, problem):
+    def terminate(self):
+        """End the process of the command or function, if any, and all that it has started."""
+        if not self.process:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or another user's
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None  # its id may soon be another process's
+
+    def keep_in_hand(self, problem):
         """Keep a task that can't be finished now, until the next attempt.
 
-        Requeued, it would come back at once, and a quorum queue may drop it after 20 deliveries.
+        Requeued, it would come back at once, and some versions would count a failed delivery.
         """
-        self.exit_or_report(problem, LONGEST_PAUSE)
-        self.wait(ch, time.monotonic() + LONGEST_PAUSE)
+        self.exit_or_report(problem, "trying again")
+        self.wait(time.monotonic() + PAUSE)
         self.busy = True
 
     # ---- Tasks that fail ----
 
-    def move_failed_task(self, ch, properties, body, failure, retries):
+    def move_failed_task(self, properties, body, failure, retries):
         """Publish a copy to QUEUE.retry or, when its retries are used up, to QUEUE.dlq.
 
         Then say so, on standard output, where the outcome of every task is printed.
@@ -277,10 +294,10 @@ class Worker:
         properties.headers = {name: headers[name] for name in copied}
         try:
             properties.encode()
-        except Exception:  # pika can't encode all that it decodes
+        except Exception:  # pika reads headers that it can't send, such as very large floats
             properties.headers = {}
         properties.user_id = None  # the broker would refuse another user's
-        properties.delivery_mode = pika.DeliveryMode.Persistent.value  # pika wants the number here
+        properties.delivery_mode = pika.DeliveryMode.Persistent.value  # only __init__ converts it
         if retried < retries:
             queue = f"{self.options.queue}.retry"
             arguments = {**RETRY_ARGUMENTS, "x-dead-letter-routing-key": self.options.queue}
@@ -296,35 +313,33 @@ class Worker:
 
         while True:
             try:
-                self.publish_copy(ch, queue, arguments, properties, body)
+                # On a channel of its own, as errors close it.
+                with declare(self.channel.connection, queue, arguments) as channel:
+                    channel.confirm_delivery()
+                    self.wait()  # is the task still ours?
+                    # While the broker is short of memory or disk space, this waits.
+                    channel.basic_publish(
+                        exchange="",
+                        routing_key=queue,
+                        body=body,
+                        properties=properties,
+                        mandatory=True,
+                    )
                 break
             except pika.exceptions.AMQPChannelError as error:
-                if not ch.consumer_tags:
+                if not self.channel.consumer_tags:
                     raise  # the task is no longer ours
-                self.keep_in_hand(ch, f"Can't move the failed task to {queue}: {explain(error)}")
+                self.keep_in_hand(f"Can't move the failed task to {queue}: {explain(error)}")
         say(f" [!] Failed: {failure}; {fate}")
-
-    def publish_copy(self, ch, queue, arguments, properties, body):
-        """Publish to a queue, and wait for the publisher confirm, however long an alarm lasts."""
-        # On a channel of its own, as errors close it.
-        channel = declare(ch.connection, queue, arguments)
-        channel.confirm_delivery()
-        self.wait(ch)  # is the task still ours?
-        try:
-            channel.basic_publish(
-                exchange="", routing_key=queue, body=body, properties=properties, mandatory=True
-            )
-        except (pika.exceptions.NackError, pika.exceptions.UnroutableError):
-            channel.close()
-            raise
-        channel.close()
 
     # ---- Connections and signals ----
 
     def run(self):
-        """Consume, and reconnect when necessary; exit if the broker permanently refuses access."""
+        """Consume, and reconnect when necessary; exit if the broker refuses access at the start."""
         for number in (signal.SIGTERM, *INTERRUPTS):
-            if signal.getsignal(number) != signal.SIG_IGN:  # ignored in the background, or by nohup
+            if (
+                signal.getsignal(number) != signal.SIG_IGN
+            ):  # by nohup, or by a shell in the background
                 signal.signal(number, self.on_signal)
         if self.options.function and (problem := self.start_function()):
             complain(f"Can't call {self.options.function}: {problem}")
@@ -332,60 +347,54 @@ class Worker:
         while True:
             connection = None
             try:
-                connection = pika.BlockingConnection(self.options.nodes)
-                connected_at = time.monotonic()
+                connection = pika.BlockingConnection(self.nodes)
                 self.consume(connection)
             except ERRORS as error:
-                if not self.has_consumed and re.match(PERMANENT, repr(error)):
+                if not self.has_consumed and re.search(PERMANENT, repr(error)):
                     complain(explain(error))
                     sys.exit(1)
-                if connection and time.monotonic() > connected_at + STABLE_AFTER:
-                    self.pause = 1
-                self.exit_or_report(explain(error), self.pause)
+                self.exit_or_report(explain(error), "reconnecting")
             if connection:
                 with contextlib.suppress(pika.exceptions.AMQPError):
                     connection.close()
-            time.sleep(self.pause)
-            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+            time.sleep(PAUSE)
             # The next node first: pika tries none after one whose name can't be resolved.
-            self.options.nodes.append(self.options.nodes.pop(0))
+            self.nodes.append(self.nodes.pop(0))
 
-    def exit_or_report(self, problem, pause):
+    def exit_or_report(self, problem, remedy):
         """Report why the work can't go on for now. From here on, any signal exits at once."""
         self.busy = False
         if self.signals:
             complain(problem)
-            self.exit()
-        complain(f"{problem}; retrying in {pause} s")
+            sys.exit(self.exit_status())
+        complain(f"{problem}; {remedy} in {PAUSE} s")
 
     def on_signal(self, number, _):
-        self.signals.append(number)
-        if not self.busy or (len(self.signals) > 1 and not self.working):
-            self.exit()
+        """Note a signal. If nothing is in hand, or it is the second one, exit at once.
 
-    def exit(self):
-        sys.exit(130 if INTERRUPTS.intersection(self.signals) else 0)
+        It must not wait for the process: what it has interrupted may hold a lock of Popen's.
+        """
+        self.signals.append(number)
+        if not self.busy or len(self.signals) > 1:
+            if self.process:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+            os._exit(self.exit_status())
+
+    def exit_status(self):
+        return 130 if INTERRUPTS.intersection(self.signals) else 0
 
 
 # ---- Processes ----
-
-LAZY = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-
-
-def kill_group(process):
-    """End a process, and all that it has started, at once."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or another user's
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def outcome(status):
     """Return None for the exit status 0, else a description."""
     if not status:
         return None
-    return (
-        f"signal {-status}: {signal.strsignal(-status)}" if status < 0 else f"exit status {status}"
-    )
+    if status < 0:
+        return f"signal {-status}: {signal.strsignal(-status)}"
+    return f"exit status {status}"
 
 
 def serve(fd, name):
@@ -393,42 +402,56 @@ def serve(fd, name):
 
     Answers b"" when it is ready and after each call, or why that failed.
     """
-    from multiprocessing.connection import Connection
-
     os.set_inheritable(fd, False)
-    pipe, process_id, failure = Connection(fd), os.getpid(), ""
+    pipe, process_id = Connection(fd), os.getpid()
     try:
         sys.path.insert(0, os.getcwd())
-        function = pkgutil.resolve_name(name)
-        if not callable(function) or any(is_kind(function) for is_kind in LAZY):
-            # Calling a lazy one would run nothing, yet the task would count as done.
-            raise TypeError("expected a function, not async, and not a generator")
-    except BaseException as error:
-        function, failure = None, explain(error)
-    with contextlib.suppress(EOFError, OSError):  # the worker has ended
-        pipe.send_bytes(failure.encode(errors="backslashreplace"))
-        while function is not None:
-            failure = call(function, pipe.recv_bytes())
-            if os.getpid() != process_id:
-                os._exit(0)  # the function has forked: only the original may answer
-            pipe.send_bytes(failure.encode(errors="backslashreplace"))
-    os.killpg(0, signal.SIGKILL)  # itself, and whatever it has started
+        try:
+            function = pkgutil.resolve_name(name)
+            if not callable(function):
+                raise TypeError(f"{name} is not callable")
+        except BaseException as error:
+            pipe.send_bytes(reason(error))
+            return
+        answer = b""
+        while os.getpid() == process_id:  # only the original answers, if the function forks
+            pipe.send_bytes(answer)
+            answer = call(function, pipe.recv_bytes())
+        os._exit(0)
+    except (EOFError, OSError):  # the worker has ended
+        pass
+    finally:
+        os.killpg(0, signal.SIGKILL)  # itself, and whatever it has started
 
 
 def call(function, body):
-    """Call a function; return "", or why it failed, with a traceback on standard error."""
+    """Call a function; return b"", or why it failed, with a traceback on standard error."""
     try:
-        try:
-            function(body)
-        finally:
-            sys.stdout.flush()
+        result = function(body)
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
+        elif inspect.isgenerator(result) or inspect.isasyncgen(result):
+            raise TypeError("the function is a generator, so nothing of it has run")
     except BaseException as error:
-        trace = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # whatever is wrong with the error, or with stderr
+            trace = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
             for line in "".join(trace).splitlines():
-                print(printable(line), file=sys.stderr)
-        return SHORTENED.repr(error) or type(error).__name__  # a custom __repr__ may return ""
-    return ""
+                sys.stderr.write(escaped(line) + "\n")
+        return reason(error)
+    finally:
+        with contextlib.suppress(Exception):  # the function may have closed or replaced it
+            sys.stdout.flush()
+    return b""
+
+
+def reason(error):
+    """Return the repr of a function's error, for an answer."""
+    try:
+        text = repr(error)[:300]
+    except BaseException:  # a __repr__ or __str__ of the function's own
+        text = ""
+    text = text or type(error).__name__ or "an exception"  # an empty answer would mean done
+    return text.encode(errors="backslashreplace")
 
 
 # ---- The broker ----
@@ -444,10 +467,11 @@ RETRY_ARGUMENTS = {
 }
 # Headers that would make the broker route, count or drop the copy, and those that are replaced.
 NOT_COPIED = "CC|BCC|x-death|x-(first|last)-death-.*|x-(delivery|acquired|retry)-count|x-last-error"
-# By repr(), errors that retrying can't cure: a refused login or permission "(403) ...", queue
-# "(406) ...", virtual host "(530) ...", or certificate. Limits and exclusive use may end.
-PERMANENT = r"(?!.* limit |.* in exclusive use).*(\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED)"
-CANCELLED = "the queue was deleted, or a task took longer than consumer_timeout in rabbitmq.conf"
+# In the repr() of an error: a refused login or permission, queue, virtual host, or certificate.
+PERMANENT = r"\((403|406|530)\)|CERTIFICATE_VERIFY_FAILED"
+CANCELLED = (
+    "the queue was deleted, or a task took longer than consumer_timeout (default: 30 minutes)"
+)
 
 
 def declare(connection, queue, arguments=None):
@@ -462,10 +486,7 @@ def declare(connection, queue, arguments=None):
         if refusal.reply_code not in usable or re.search(UNSAFE, refusal.reply_text):
             raise
         channel = connection.channel()
-        try:
-            channel.queue_declare(queue=queue, passive=True)
-        except pika.exceptions.ChannelClosedByBroker:
-            raise refusal from None
+        channel.queue_declare(queue=queue, passive=True)  # only checks that the queue exists
     return channel
 
 
@@ -477,50 +498,51 @@ def count_in(headers, name):
 
 # ---- The terminal (the same in both scripts) ----
 
+# The broker refuses a queue that can't be used, for example: "PRECONDITION_FAILED - inequivalent
+# arg 'durable' for queue 'task_queue' in vhost '/': received 'true' but current is 'false'"
 STREAM = "current is (the value )?'stream'"
-UNSAFE = f"arg 'durable'|{STREAM}"  # why the broker refuses a queue that can't be used
-UNREADABLE = r"Stream connection lost: (Value|Overflow|InvalidField|OSError\(75)"
+UNSAFE = f"arg 'durable'|{STREAM}"
 HINTS = {  # pattern in an error: what to do
     "ConnectionRefusedError": "is RabbitMQ running? To start it: docker compose up -d --wait, "
-    "or: sudo systemctl start rabbitmq-server",
+    "or: sudo systemctl start rabbitmq-server; in a container, localhost is the container itself",
     "AuthenticationError": "check the user name and password in the URL",
-    "AccessDeniedError(?!.* limit )": "check the virtual host in the URL",
+    "AccessDeniedError": "check the virtual host in the URL, and who may use it",
     "IncompatibleProtocolError": "is RabbitMQ still starting? Is this an AMQP port? For TLS: amqps://",
     "WRONG_VERSION_NUMBER": "is this a TLS port? For a plain one, use amqp://",
     "arg 'durable'": "the existing queue is not durable; delete it or choose another --queue",
     STREAM: "a stream can't be used as a work queue; choose another --queue",
     "BlockedTimeout": "the broker is short of memory or disk space",
-    "NackError|UnroutableError": "is the queue full, or was it deleted?",
+    "NackError|UnroutableError": "the broker refused it: is the queue full, or was it deleted?",
     "no answer": "is the broker stuck, or has the queue lost the majority of its nodes?",
-    # worker.py only: pika can't decode a header (75: a number is too large for a time).
-    UNREADABLE: "a message in the queue may have a header that pika can't read",
 }
 SHORTENED = reprlib.Repr()
-SHORTENED.maxstring = SHORTENED.maxother = 200  # characters
+SHORTENED.maxstring = 200  # characters
 
 
 def shown(body):
-    """Return a body, escaped and shortened for a terminal."""
+    """Return a task's body, escaped and shortened for a terminal."""
     return SHORTENED.repr(body.decode(errors="surrogateescape"))
 
 
-def printable(text):
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def say(line, **options):
+def say(text, **options):
     """Print a line; exit if standard output can't be written."""
     try:
-        print(line, **options)
+        print(text, **options)
     except OSError as error:
         complain(f"Can't write to standard output: {explain(error)}")
         sys.exit(1)
 
 
+def escaped(text):
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def complain(text):
     """Print a line to standard error, if that can be written."""
-    with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), f" [!] {printable(text)}\n".encode())
+    if sys.stderr:  # None if it is closed
+        with contextlib.suppress(OSError):
+            # In one piece, whatever signal comes.
+            os.write(sys.stderr.fileno(), f" [!] {escaped(text)}\n".encode())
 
 
 def explain(error):
@@ -538,9 +560,14 @@ def explain(error):
 DEFAULT_URL = os.environ.get("AMQP_URL") or "amqp://guest:guest@localhost:5672/%2F"
 URL_FORM = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, percent-encoded (@ in a password: %40)"
 URL_HELP = "AMQP URLs, comma-separated, tried in order (default: $AMQP_URL or the local broker)"
-PREFETCH_HELP = "unacknowledged tasks the broker may hand over, 0 for no limit (default: 1)"
-FUNCTION_HELP = "call for each task, with its body as bytes; an exception means it failed"
-COMMAND_HELP = "run for each task, with the task on stdin; exit status 0 means done"
+QUEUE_HELP = "default: task_queue"
+PREFETCH_HELP = "maximum unacknowledged tasks, 0 for no limit (default: 1)"
+RETRIES_HELP = "retries of a failed task (default: 3)"
+DELAY_HELP = "seconds to wait before each retry (default: 30)"
+LIMIT_HELP = "fail tasks that take longer (default: no limit)"
+FUNCTION_HELP = "call for each task, with its body as bytes; an exception means the task failed"
+COMMAND_HELP = "run for each task, with the task on standard input; exit status 0 means done"
+SECONDS = 4_294_967  # maximum: the broker counts 32 bits of milliseconds
 
 
 def amqp_urls(urls):
@@ -548,21 +575,28 @@ def amqp_urls(urls):
     nodes = []
     for url in re.split(r"\s*,\s*(?=amqps?://)", urls.strip()):
         try:
-            # With an unescaped / or @, part of a password would be the host, which errors show.
-            if not re.fullmatch("amqps?://([^@/?#]*@)?[^@#]*", url):
+            if not re.match("amqps?://", url):  # pika would take it for a URL of localhost
                 raise ValueError
             node = pika.URLParameters(url)
-            node.host.encode("idna")  # as the DNS lookup does
-        except Exception:
-            raise argparse.ArgumentTypeError(URL_FORM) from None  # the cause may quote a password
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"ssl_options: {error.strerror}") from None
+        except Exception:  # which may quote the password
+            raise argparse.ArgumentTypeError(URL_FORM) from None
         name = f"{os.path.basename(sys.argv[0])} {os.getpid()}"  # for rabbitmqctl list_connections
         node.client_properties = node.client_properties or {"connection_name": name}
         nodes.append(node)
     return nodes
 
 
-def number(kind, low, high):
-    """Return a function that reads a number from the command line."""
+def queue_name(text):
+    """Return a name that fits into the broker's 255 bytes with .dlq.retry appended."""
+    if text.isprintable() and 0 < len(text.encode()) <= 245:
+        return text
+    raise argparse.ArgumentTypeError("expected 1 to 245 bytes of printable text")
+
+
+def between(low, high, kind=float):
+    """Return a function that reads a number in that range from the command line."""
 
     def read(text):
         with contextlib.suppress(ValueError):
@@ -579,47 +613,36 @@ def read_command_line():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    option, seconds = parser.add_argument, {"metavar": "SECONDS"}
-    url = {"dest": "nodes", "metavar": "URL", "type": amqp_urls, "default": DEFAULT_URL}
-    count = {"metavar": "N", "type": number(int, 0, 65535)}
-    delay = number(float, 0, 4_294_967)  # 32 bits of milliseconds
-    limit = {"type": number(float, 0.001, math.inf), "default": math.inf}
-    option("-u", "--url", **url, help=URL_HELP)
-    option("-q", "--queue", default="task_queue", help="default: task_queue")
-    option("-p", "--prefetch-count", **count, default=1, help=PREFETCH_HELP)
-    option("--retries", **count, default=3, help="retries of a failed task (default: 3)")
-    option(
-        "--retry-delay",
-        **seconds,
-        type=delay,
-        default=30,
-        help="wait before each retry (default: 30)",
-    )
-    option("--time-limit", **seconds, **limit, help="fail tasks that take longer (default: none)")
-    option("--function", metavar="MODULE:NAME", help=FUNCTION_HELP)
-    option("--serve", type=int, help=argparse.SUPPRESS)  # the function's process; see serve()
-    option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=COMMAND_HELP)
+    count = between(0, 65535, int)
+    delay, limit = between(0, SECONDS), between(0.001, SECONDS)
+    add = parser.add_argument
+    add("-u", "--url", metavar="URL", type=amqp_urls, default=DEFAULT_URL, help=URL_HELP)
+    add("-q", "--queue", metavar="NAME", type=queue_name, default="task_queue", help=QUEUE_HELP)
+    add("-p", "--prefetch-count", metavar="N", type=count, default=1, help=PREFETCH_HELP)
+    add("--retries", metavar="N", type=count, default=3, help=RETRIES_HELP)
+    add("--retry-delay", metavar="SECONDS", type=delay, default=30, help=DELAY_HELP)
+    add("--time-limit", metavar="SECONDS", type=limit, default=math.inf, help=LIMIT_HELP)
+    add("--function", metavar="MODULE:NAME", help=FUNCTION_HELP)
+    add("--serve", type=int, help=argparse.SUPPRESS)  # the function's process; see serve()
+    add("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=COMMAND_HELP)
     options = parser.parse_args()
-    if not options.queue.isprintable() or not 0 < len(options.queue.encode()) <= 249:
-        parser.error("--queue: expected 1 to 249 bytes of printable text")  # 255, less ".retry"
     if options.command[:1] == ["--"]:
         del options.command[0]
+    # Empty by mistake (an unset variable of a shell), the worker would sleep, and lose the tasks.
+    if options.function == "" or (sys.argv[-1] == "--" and not options.command):
+        parser.error("--function or COMMAND is empty")
     if options.function and options.command:
         parser.error("--function and COMMAND are mutually exclusive")
     return options
 
 
 def main():
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass  # occupy closed standard streams, so that no socket gets their numbers
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    if hasattr(signal, "SIGCHLD"):  # inherited as ignored, it would hide exit statuses
+    if hasattr(signal, "SIGCHLD"):  # if inherited as ignored, exit statuses would be lost
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     options = read_command_line()
     if options.serve is not None:
-        serve(options.serve, options.function)  # does not return
+        serve(options.serve, options.function)  # and end this process
     if (options.command or options.function) and not hasattr(os, "killpg"):
         complain("Can't run commands or functions on Windows")
         sys.exit(1)
@@ -633,6 +656,4 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        os._exit(end.code)  # Python's own shutdown may have to wait for a DNS lookup
-    except OSError:  # before Python 3.11: argparse can't print help or usage
-        os._exit(2)
+        os._exit(end.code)  # Python's own shutdown may wait for a DNS lookup or a broken pipe

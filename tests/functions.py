@@ -3,7 +3,7 @@
 import ctypes
 import os
 import subprocess
-import sys  # noqa: F401 for tasks
+import sys
 import time
 
 calls = []  # the bodies so far, in this process
@@ -28,6 +28,22 @@ class Silent(Exception):
 class Loud(Exception):
     def __repr__(self):
         return 40 * "\x1b[31m"
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("not to be shown")
+
+    __repr__ = __str__
+
+
+class Angry(Exception):
+    def __repr__(self):
+        sys.exit("at once")
+
+
+class set(Exception):
+    pass
 
 
 def crash():

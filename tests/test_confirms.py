@@ -6,7 +6,6 @@ import signal
 import socket
 import struct
 import subprocess
-import time
 
 import pytest
 from conftest import refused
@@ -93,9 +92,7 @@ def test_every_line_is_in_the_queue_in_order_and_printed_once(
 
 
 def test_a_line_is_sent_before_the_next_one_is_written_and_never_in_pieces(broker, queue, producer):
-    # Given input that does not block, as some programs leave a pipe.
     reading, writing = os.pipe()
-    os.set_blocking(reading, False)
     ours = producer(broker, stdin=reading)
     os.close(reading)
     # When a line comes with half of the next one, then that one's end, and a line without an end.
@@ -214,6 +211,17 @@ def test_input_that_cannot_be_read_any_more_ends_it_with_the_count(broker, queue
     assert broker.bodies(queue) == [b"one", b"two"]
 
 
+def test_input_that_does_not_block_is_told_and_not_taken_for_its_end(broker, queue, producer):
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.write(writing, b"one\ntw")
+    ours = producer(broker, stdin=reading)
+    os.close(reading)
+    refused(ours, "Can't read standard input", "1 task confirmed; resume from line 2")
+    os.close(writing)
+    assert broker.bodies(queue) == [b"one"]
+
+
 def test_input_that_cannot_be_read_at_all_is_told(broker, producer, tmp_path):
     with open(tmp_path / "only to write to", "wb") as unreadable:
         ours = producer(broker, stdin=unreadable)
@@ -278,19 +286,6 @@ def test_a_broker_that_falls_silent_is_given_up_with_the_count(producer, network
     assert len(ours.err) == 3
 
 
-def test_a_producer_that_was_stopped_for_long_has_not_lost_its_connection(broker, queue, producer):
-    ours = producer(broker)
-    write(ours, *BEFORE)
-    wait_until(lambda: len(ours.out) > 500)
-    ours.signal(signal.SIGSTOP)
-    time.sleep(33)  # longer than it waits for an answer
-    ours.signal(signal.SIGCONT)
-    write(ours, *AFTER, end=True)
-    assert ours.wait() == 0, ours.err
-    assert ours.err == []
-    assert len(broker.bodies(queue)) == len(TASKS)
-
-
 @pytest.fixture
 def disconnected(broker, queue, producer):
     """A producer that has lost its connection while it waited for input, and a limited queue."""
@@ -309,21 +304,28 @@ def disconnected(broker, queue, producer):
 MORE_TASKS = [b"%0100d" % number for number in range(600)]  # they fit into a pipe
 
 
-def test_until_a_new_connection_confirms_a_task_a_refusal_is_no_end(broker, queue, disconnected):
-    ours = disconnected(limit=1)
-    # When it reads on before the first confirmation, which is a refusal, then it tries again.
+def test_until_a_new_connection_has_confirmed_its_batch_a_refusal_is_no_end(
+    broker, queue, disconnected
+):
+    ours = disconnected(limit=100)
+    # When it reads on, and the new connection confirms some of the tasks and refuses others,
     write(ours, *MORE_TASKS, end=True)
     ours.wait_for("reconnecting")
+    ours.wait_for("Sent", times=100)
     with broker.channel() as channel:
         channel.queue_delete(queue)  # it declares one without a limit
+    # then it tries again, and sends those that were refused.
     assert ours.wait() == 0, ours.err
-    assert take(broker, queue) == MORE_TASKS
+    assert sent(ours) == [b"one", *MORE_TASKS]
+    assert take(broker, queue) == sent(ours)[-len(MORE_TASKS) + 99 :]
 
 
-def test_after_a_new_connection_has_confirmed_a_task_a_refusal_is_the_end(disconnected):
-    ours = disconnected(limit=100)
-    write(ours, *MORE_TASKS, end=True)
-    refused(ours, "full", "100 tasks confirmed; resume from line 101")
+def test_after_a_new_connection_has_confirmed_a_batch_a_refusal_is_the_end(disconnected):
+    ours = disconnected(limit=2)
+    write(ours, b"two")
+    ours.wait_for("Sent 'two'")
+    write(ours, b"three", end=True)
+    refused(ours, "full", "2 tasks confirmed; resume from line 3")
     assert len(ours.err) == 2  # it did not try again
 
 

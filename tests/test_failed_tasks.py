@@ -28,7 +28,7 @@ PROPERTIES = {
 }
 HEADERS = {"tenant": "Zoë", "attempt": 7, "nested": {"list": [1, None, True]}, "x-mine": "kept"}
 MAX_DELIVERIES = 15
-BEFORE_IT_TRIES_AGAIN = 10  # seconds
+BEFORE_IT_TRIES_AGAIN = 2  # seconds
 # It fails for a task that begins with "bad", and notes each of them in a file.
 FAIL_IF_BAD = ["sh", "-c", "read task; echo $task >> $0; case $task in bad*) exit 3; esac"]
 POISON = ["sh", "-c", "if grep -q poison; then kill -9 $PPID; fi"]  # it kills its worker
@@ -77,7 +77,9 @@ def test_a_task_past_its_time_limit_is_retried_twice_and_then_is_a_dead_letter(
     for times in (1, 2):
         failed = {}
         for url, each in workers.items():
-            failed[url] = each.wait_for("Failed: time limit of 1 s; retrying in 2 s", times)
+            failed[url] = each.wait_for(
+                "Failed: exceeded the time limit of 1 s; retrying in 2 s", times
+            )
             publish(b"meanwhile", url=url)
         for url, each in workers.items():
             back = each.wait_for("Received 'long...'", times + 1)
@@ -85,10 +87,10 @@ def test_a_task_past_its_time_limit_is_retried_twice_and_then_is_a_dead_letter(
             assert 1.5 < back - failed[url] < 10  # neither at once nor the default of 30 s
 
     for url, each in workers.items():
-        each.wait_for(f"Failed: time limit of 1 s; moved to {queue}.dlq")
+        each.wait_for(f"Failed: exceeded the time limit of 1 s; moved to {queue}.dlq")
         properties, body = take(broker, f"{queue}.dlq", url)
         assert body == b"long..."
-        ours = {"x-retry-count": 2, "x-last-error": "time limit of 1 s"}
+        ours = {"x-retry-count": 2, "x-last-error": "exceeded the time limit of 1 s"}
         assert properties.headers == {**HEADERS, **ours}
         assert properties.delivery_mode == 2
         assert properties.expiration is None
@@ -229,7 +231,7 @@ SAFE = {
 OBSTACLES = [
     (make_full, "dlq", "full"),
     (make_transient, "dlq", "'durable'"),
-    (make_nothing, "dlq", "ACCESS_REFUSED"),  # careful may not make it
+    (make_nothing, "dlq", "NOT_FOUND"),  # careful may not make it
     (make_retry(), "retry", "PRECONDITION_FAILED"),
     (make_retry(queue_type="quorum"), "retry", "PRECONDITION_FAILED"),
     (make_retry(**SAFE, message_ttl=1000), "retry", "PRECONDITION_FAILED"),
@@ -263,13 +265,13 @@ def test_a_failed_task_that_cannot_be_moved_stays_in_hand_until_a_signal(
         name = f"{queue}-{number}"
         give_task(broker, name, obstacle)
         options = ["-q", name, "--retries", "0" if suffix == "dlq" else "1", "false"]
-        url = careful if reason == "ACCESS_REFUSED" else None
+        url = careful if reason == "NOT_FOUND" else None
         workers.append((name, worker(*options, url=url)))
 
     # The broker's reason is said, and the task is not given back.
     for (name, each), (_, suffix, reason) in zip(workers, OBSTACLES):
-        each.wait_for("retrying in 30 s")
-        (line,) = each.err
+        each.wait_for("trying again in 3 s")
+        line = each.err[0]
         assert f"Can't move the failed task to {name}.{suffix}" in line
         assert reason in line
         assert broker.ready(name) == 0
@@ -286,7 +288,7 @@ def test_a_failed_task_that_cannot_be_moved_stays_in_hand_until_a_signal(
     name = f"{queue}-command"
     give_task(broker, name, bodies=[b"task", b"next"])
     broken = worker("-q", name, "--prefetch-count", "2", not_to_be_run)
-    broken.wait_for("retrying in 30 s")
+    broken.wait_for("trying again in 3 s")
     broken.signal(signal.SIGTERM)
     assert broken.wait(BEFORE_IT_TRIES_AGAIN) == 0
     wait_until(lambda: broker.ready(name) == 2)
@@ -299,14 +301,14 @@ def test_a_failed_task_that_cannot_be_moved_stays_in_hand_until_a_signal(
     assert stopping.wait() == 0
     (line,) = stopping.err
     assert "full" in line
-    assert "retrying" not in line
+    assert "again" not in line
     assert broker.bodies(queue) == [b"task"]
 
 
 def test_a_task_stays_in_hand_until_it_can_be_finished(
     broker, vhosts, worker, not_to_be_run, queue, tmp_path
 ):
-    # At the same time, with many heartbeats in the 30 s until the second try:
+    # At the same time, with many heartbeats:
     workers = {}
 
     def start(trouble, *arguments, kind="classic", **more):
@@ -316,7 +318,7 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
     def give(trouble, obstacle=make_nothing, kind="classic"):
         tasks = [b"x" * 20_000, b"next"]
         give_task(broker, f"{queue}-{trouble}", obstacle, vhosts[kind], tasks)
-        workers[trouble].wait_for("retrying in 30 s")
+        workers[trouble].wait_for("trying again in 3 s")
         assert broker.ready(f"{queue}-{trouble}", vhosts[kind]) == 1
 
     start("classic", "--retries", "0", "false")
@@ -354,7 +356,6 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
     stopping.signal(signal.SIGTERM)
     assert stopping.wait() == 0
     assert stopping.out[2:] == ["begun", " [x] Done"]
-    assert len(stopping.err) == 1
     wait_until(lambda: broker.ready(f"{queue}-classic.dlq") == 2)
     wait_until(lambda: broker.ready(f"{queue}-quorum.dlq", vhosts["quorum"]) == 2)
     wait_until(lambda: broker.ready(f"{queue}-retry.retry") == 2)
@@ -363,7 +364,7 @@ def test_a_task_stays_in_hand_until_it_can_be_finished(
     for each in workers.values():
         assert len(each.tasks("Received")) == 2
         assert not any("redelivered" in line for line in each.out)
-        assert len(each.err) == 1  # nor was the connection lost
+        assert all("trying again in 3 s" in line for line in each.err)  # no connection was lost
 
 
 def test_of_a_task_that_was_taken_back_before_it_failed_there_is_no_copy(

@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 
-import psutil
 import pytest
 from commands import assert_ended, child_of, kill_child_of, pids_of
 from conftest import EXEC, WAITING, refused
@@ -30,7 +29,15 @@ FAILURES = {  # task: why it fails
     "os.abort()": "signal 6: Aborted",
     "os._exit(3)": "exit status 3",
     "os._exit(0)": "without an answer",
-    "os.closerange(3, 99); time.sleep(60)": "signal 9",  # it could not answer any more
+    "os.closerange(3, 99); time.sleep(60)": "signal 15",  # it could not answer any more
+    "raise Mute": "Mute",
+    "raise Angry": "Angry",
+    "raise set('of a name that others have')": "set(",
+    "raise type('', (Exception,), {'__repr__': lambda self: ''})": "an exception",
+    "raise ValueError('x' * 10_000_000)": "ValueError('xxx",
+    "raise SyntaxError('odd', (1, 2, 3, 4))": "SyntaxError",
+    "sys.stderr.close(); raise ValueError('unheard')": "ValueError('unheard')",
+    "sys.stderr = None; raise ValueError('nor this')": "ValueError('nor this')",
     "fork_one_that_holds_the_pipe()": "exit status 7",
 }
 
@@ -133,6 +140,95 @@ def test_whatever_a_call_raises_or_does_to_its_process_fails_the_task(
     assert calling.process.poll() is None
 
 
+LAZY = """
+import asyncio, functools, sys
+
+def wrapped(function):
+    return functools.wraps(function)(lambda *args: function(*args))
+
+async def work(body):
+    await asyncio.sleep(0.01)
+    print("worked on", body.decode())
+    if body == b"bad":
+        raise ValueError("after a while")
+
+def lazy(body):
+    print("never")
+    yield
+
+async def lazy_and_async(body):
+    print("never")
+    yield
+
+class Callable:
+    async def __call__(self, body):
+        await work(body)
+
+class Generator:
+    __call__ = staticmethod(lazy)
+
+decorated, cached, called = wrapped(work), functools.lru_cache(work), Callable()
+decorated_lazy, generator = wrapped(lazy), Generator()
+"""
+
+
+@pytest.mark.parametrize("name", ["work", "decorated", "cached", "called"])
+def test_an_async_function_is_run_however_it_is_wrapped(broker, worker, send, queue, job, name):
+    send(broker, queue, "good", "bad")
+    calling = worker("--retries", "0", "--function", f"job:{name}", cwd=job(LAZY))
+    calling.wait_for("ValueError('after a while'); moved")
+    assert calling.out[2:4] == ["worked on good", " [x] Done"]
+    assert calling.out.count(" [x] Done") == 1
+    assert "worked on bad" in calling.out
+
+
+@pytest.mark.parametrize("name", ["lazy", "lazy_and_async", "decorated_lazy", "generator"])
+def test_a_generator_is_a_failure_as_nothing_of_it_has_run(broker, worker, send, queue, job, name):
+    send(broker, queue, "task")
+    calling = worker("--retries", "0", "--function", f"job:{name}", cwd=job(LAZY))
+    calling.wait_for("generator")
+    calling.wait_for("moved")
+    assert not {" [x] Done", "never"} & {*calling.out}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "sys.stdout.close()",
+        "sys.stderr.close()",
+        "sys.stdout = sys.stderr = None",
+        "with open('/dev/null', 'w') as sys.stdout: print('lost')",
+        "with open('/dev/full', 'w') as sys.stdout, open('/dev/null', 'w') as sys.stderr: pass",
+    ],
+)
+def test_what_a_function_does_to_its_streams_harms_no_task(broker, worker, publish, queue, task):
+    publish(task.encode())
+    publish(b"len(calls)")
+    publish(task.encode())
+    calling = worker(*ONCE)
+    calling.wait_for("Done", times=3)
+    assert not any("Failed" in line for line in calling.out)
+
+
+def test_an_exception_between_two_tasks_ends_the_process_and_blames_no_task(
+    worker, publish, broker, queue
+):
+    # Given a process that has started another one, and whose handler of a signal raises.
+    publish(
+        b"import signal; signal.signal(signal.SIGUSR1, lambda *_: sys.exit('in between'))\n"
+        b"print('pids', os.getpid(), subprocess.Popen(['sleep', '60']).pid)"
+    )
+    calling = worker(*ONCE)
+    calling.wait_for("Done")
+    pids = pids_of(calling)
+    child_of(calling).send_signal(signal.SIGUSR1)
+    assert_ended(pids)
+    publish(b"print('next')")
+    calling.wait_for("Done", times=2)
+    assert calling.out[-2:] == ["next", " [x] Done"]
+    assert broker.ready(f"{queue}.dlq") is None
+
+
 def test_only_the_original_of_a_function_that_forks_answers(broker, worker, publish, queue):
     publish(b"if os.fork() == 0: raise ValueError('of the copy')")
     publish(b"os.fork() or time.sleep(0.5)")
@@ -151,7 +247,7 @@ def test_only_the_original_of_a_function_that_forks_answers(broker, worker, publ
 def test_a_call_past_the_time_limit_is_killed_with_all_that_it_has_started(worker, publish):
     publish(b"stubborn()")
     calling = worker("--time-limit", "1", *ONCE)
-    failed = calling.wait_for("Failed: time limit of 1 s")
+    failed = calling.wait_for("Failed: exceeded the time limit of 1 s")
     assert failed - calling.wait_for("Received") < 1 + 2 * AT_ONCE
     assert_ended(pids_of(calling))
     publish(b"print('next')")
@@ -188,8 +284,8 @@ def test_a_process_that_cannot_be_replaced_leaves_the_task_in_hand(broker, worke
     kill_child_of(calling)
     with broker.channel() as channel:
         channel.basic_publish("", queue, b"print('done')")
-    calling.wait_for("retrying in 30 s")
-    (line,) = calling.err
+    calling.wait_for("trying again in 3 s")
+    line = calling.err[0]
     assert "Can't call job:do" in line
     assert "No module named 'no_such_module'" in line
     assert broker.ready(queue) == 0
@@ -199,18 +295,33 @@ def test_a_process_that_cannot_be_replaced_leaves_the_task_in_hand(broker, worke
     assert not any("Failed" in line for line in calling.out)
 
 
+def test_a_task_in_hand_is_done_when_its_function_can_be_imported_again(
+    broker, worker, job, publish
+):
+    folder = job("do = exec")
+    calling = worker("--retries", "0", "--function", "job:do", cwd=folder)
+    job("raise ValueError(10_000_000 * 'x')")
+    kill_child_of(calling)
+    publish(b"print('done')")
+    calling.wait_for("trying again in 3 s", times=3)
+    assert all("Can't call job:do: ValueError('xxx" in line for line in calling.err)
+    job("do = exec  # mended")
+    calling.wait_for("Done")
+    assert calling.out[2:] == ["done", " [x] Done"]
+
+
 def test_a_function_that_cannot_be_called_is_refused_at_the_start(run, broker, queue, job):
-    folder = job("value = 1\nasync def later(body): pass\ndef lazy(body): yield\n")
+    folder = job("value = 1\nclass Odd(Exception):\n def __str__(self): 1 / 0\n __repr__ = __str__")
     (folder / "leaving.py").write_text("import sys; sys.exit()")
     (folder / "crashing.py").write_text("import os; os._exit(0)")
+    (folder / "odd.py").write_text("import job; raise job.Odd")
     (folder / "broken.py").write_text("import job, no_such_module")
     names = {
         "no_such:do": "no_such",
         "job:no_such": "no_such",
         "job": "job",
         "job:value": "value",
-        "job:later": "async",
-        "job:lazy": "generator",
+        "odd:do": "Odd",
         "job:": "",
         "a b": "",
         "leaving:do": "SystemExit",
@@ -230,24 +341,26 @@ def test_a_function_that_cannot_be_called_is_refused_at_the_start(run, broker, q
     assert "--function" in both.err[-1]
 
 
-def test_a_closed_or_full_standard_output_harms_no_call(broker, run, queue):
+def test_lost_streams_harm_no_call(broker, run, queue):
     # What a function prints must not get into a socket or pipe that has a stream's number.
     command = f"exec {sys.executable} worker.py --function tests.functions:do -q"
-    for number, redirection in enumerate([">&-", "<&- >&- 2>&-", ">/dev/full"]):
+    tasks = [b"print('x' * 100_000); os.system('echo y >&2')", b"os._exit(0)", b"print('z')"]
+    for number, redirection in enumerate(["2>&-", "<&- 2>&-", "2>/dev/full", ">/dev/full"]):
         name = f"{queue}-{number}"
         with broker.channel() as channel:
             channel.queue_declare(name, durable=True)
-            channel.basic_publish("", name, b"print('x' * 100_000); os.system('echo y 2>&-')")
-        calling = run(broker, *EXEC, "sh", "-c", f"{command} {name} {redirection}")
-        if "full" in redirection:
+            for task in tasks:
+                channel.basic_publish("", name, task)
+        calling = run(broker, *EXEC, "sh", "-c", f"{command} {name} --retries 0 {redirection}")
+        if redirection == ">/dev/full":
             refused(calling, "standard output")
-            wait_until(lambda name=name: broker.ready(name) == 1)
+            wait_until(lambda name=name: broker.ready(name) == len(tasks))
         else:
-            wait_until(lambda name=name: broker.ready(name) == 0)
+            calling.wait_for("moved to")
+            calling.wait_for("Done", times=2)
             calling.signal(signal.SIGTERM)
             assert calling.wait() == 0
             assert broker.ready(name) == 0
-            assert broker.ready(f"{name}.retry") is None
             assert calling.err == []
 
 
@@ -293,6 +406,23 @@ def test_a_second_signal_kills_the_call(broker, worker, send, queue, second, sta
     wait_until(lambda: broker.ready(queue) == 1)
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_worker_whose_function_does_not_take_its_task(
+    broker, worker, publish, second
+):
+    calling = worker(*DO)
+    process = child_of(calling)
+    process.suspend()
+    publish(b"#" + b"x" * 5_000_000)
+    calling.wait_for("Received")
+    calling.signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert calling.process.poll() is None
+    calling.signal(second)
+    assert calling.wait(5) == (0 if second == signal.SIGTERM else 130)
+    assert_ended([process.pid])
+
+
 def test_after_sigkill_of_its_worker_a_call_goes_on_and_then_its_process_ends(
     broker, worker, send, queue, tmp_path
 ):
@@ -327,9 +457,3 @@ def test_a_lost_connection_or_queue_kills_the_call(broker, vhosts, worker, send,
     for each in started.values():
         assert not any("Done" in line or "Failed" in line for line in each.out)
         assert not any("never mind" in line for line in each.out)
-
-
-def test_memory_of_a_worker_without_a_function_holds_no_multiprocessing(worker):
-    idle = worker()
-    loaded = psutil.Process(idle.process.pid).memory_maps()
-    assert not any("_multiprocessing" in each.path for each in loaded)

@@ -42,7 +42,7 @@ KEYS = re.compile(r"[Pp]ress CTRL\+C\b")
 # What differs from run to run: where work was cut short, how often a connection was refused, and
 # what uv says of its own work.
 CUT_SHORT = re.compile(r"^\.*\n(?= \[!\] )", re.MULTILINE)
-REFUSED = re.compile(r"^( \[!\] ConnectionRefused.*\n)( \[!\] .*; retrying in \d+ s\n)+", re.M)
+REFUSED = re.compile(r"^( \[!\] ConnectionRefused.*\n)( \[!\] .*; reconnecting in 3 s\n)+", re.M)
 UV = re.compile(r"^Installed \d+ packages? in .*\n", re.MULTILINE)
 
 # Commands that are not done here, and why.

@@ -76,7 +76,7 @@ def test_a_worker_that_is_idle_or_waits_for_a_broker_ends_at_once(worker, run, n
     without_a_broker = [run(nowhere, "worker.py") for _ in range(SOME)]
     idle = [worker() for _ in range(SOME)]
     for each in without_a_broker:
-        each.wait_for("retrying in 4 s")
+        each.wait_for("reconnecting in 3 s")
     for scripts, out in ((idle, [WAITING]), (without_a_broker, [])):
         ends = [stop(each, signal.Signals[number]) for each in scripts]
         assert [end for end, _ in ends] == [status] * SOME

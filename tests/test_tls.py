@@ -78,3 +78,10 @@ def test_a_certificate_that_does_not_verify_is_refused(
     for url, ended in {url: run(url, script, "-q", queue) for url in cases}.items():
         refused(ended, "CERTIFICATE_VERIFY_FAILED", cases[url])
         assert len(ended.err) == 1
+
+
+@both_scripts
+def test_an_authority_that_is_not_there_is_told(run, port, script):
+    ended = run(f"amqps://localhost:{port}/?ssl_options={{'ca_certs':'/no/such.pem'}}", script)
+    assert ended.wait() == 2
+    assert "No such file" in ended.err[-1]
