@@ -180,8 +180,9 @@ class Producer:
 
     def close(self):
         """Close the connection, if the broker still answers."""
-        if self.connection.is_open:
-            self.connection.close()
+        if not self.connection.is_open:
+            return
+        self.connection.close()
         while not self.connection.is_closed:
             try:
                 self.next_event(CLOSE_WITHIN)

@@ -255,7 +255,10 @@ class Worker:
             raise
         with contextlib.suppress(EOFError, OSError):  # it has ended without an answer
             if self.pipe.poll():
-                return self.pipe.recv_bytes().decode() or None
+                answer = self.pipe.recv_bytes().decode()
+                if process.returncode is not None:  # it has answered, and then ended
+                    self.terminate()
+                return answer or None
         self.terminate()
         return outcome(process.returncode) or "its process ended without an answer"
 

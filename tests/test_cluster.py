@@ -9,7 +9,7 @@ import pytest
 from conftest import longest_pause, refused
 from servers import start_cluster, wait_until
 
-STOOD_STILL = 10  # seconds that are allowed, from the death of a node to the next task
+STOOD_STILL = 5  # seconds that are allowed, from the death of a node to the next task
 TASKS = 300
 
 
