@@ -158,7 +158,7 @@ CUES = [
     ),
     (
         "the reason in the header `x-last-error`.",
-        lambda stage, name: stage.check_dead_letter(name, "time limit of 5 s"),
+        lambda stage, name: stage.check_dead_letter(name, "exceeded the time limit of 5 s"),
     ),
     (
         "press CTRL+C, and start a worker on their queue with "
