@@ -36,6 +36,8 @@ class Broker(TCPExecutor):
     Raises mirakuru's ProcessExitedWithError if it does not start.
     """
 
+    process = None  # mirakuru's __del__ looks at it, even if CTRL+C has interrupted __init__
+
     def __init__(self, parent, epmd_port, config="", seed=None):
         port = free_port()
         self.node = f"test-{port}@localhost"
