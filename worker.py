@@ -340,9 +340,8 @@ class Worker:
     def run(self):
         """Consume, and reconnect when necessary; exit if the broker refuses access at the start."""
         for number in (signal.SIGTERM, *INTERRUPTS):
-            if (
-                signal.getsignal(number) != signal.SIG_IGN
-            ):  # by nohup, or by a shell in the background
+            # Ignored, if nohup or a shell in the background has set that.
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.on_signal)
         if self.options.function and (problem := self.start_function()):
             complain(f"Can't call {self.options.function}: {problem}")
