@@ -9,7 +9,7 @@ import psutil
 import pytest
 from commands import STUBBORN, assert_ended, pids_of
 from conftest import WAITING
-from servers import free_port, wait_until
+from servers import PATIENCE, free_port, wait_until
 
 HEAVY = "heavy" + 60 * "."
 AT_ONCE = 1  # second, of the median of some: a busy machine makes single ones longer
@@ -204,12 +204,10 @@ def test_whenever_signals_come_no_task_is_lost_and_no_process_is_left(
             for number in ways[-1]:
                 script.signal(number)
                 time.sleep(moments.uniform(0, 0.003))
-        for script, way, received, (*_, statuses) in zip(workers, ways, done, slots):
-            status = script.wait()
-            received += [task.removesuffix("\\n") for task in script.tasks("Received")]
-            if status not in statuses or script.err:
-                problems.append((way, status, script.err))
-        # A second signal may come in the very moment in which a command is being started.
+        for script in workers:
+            script.process.wait(PATIENCE)
+        # A second signal may come in the very moment in which a command is being started. One that
+        # is left holds its worker's output open.
         excused = sum(slot[0] is endless and len(way) > 1 for slot, way in zip(slots, ways))
         for process in psutil.process_iter(["cmdline"]):
             if process.info["cmdline"] == endless:
@@ -217,6 +215,11 @@ def test_whenever_signals_come_no_task_is_lost_and_no_process_is_left(
                 excused -= 1
                 if excused < 0:
                     problems.append("a command is left")
+        for script, way, received, (*_, statuses) in zip(workers, ways, done, slots):
+            status = script.wait()
+            received += [task.removesuffix("\\n") for task in script.tasks("Received")]
+            if status not in statuses or script.err:
+                problems.append((way, status, script.err))
         # A function's process ends when its worker has ended, if it isn't killed before.
         wait_until(lambda: not functions_of(queues))
     assert problems == []
