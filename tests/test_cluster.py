@@ -1,5 +1,6 @@
 """`AMQP_URL` with the nodes of a cluster: both scripts outlive the node they are connected to."""
 
+import contextlib
 import signal
 import subprocess
 import threading
@@ -14,11 +15,12 @@ TASKS = 300
 
 
 def feed(producer):
-    for number in range(TASKS):
-        producer.process.stdin.write(b"task %d\n" % number)
-        producer.process.stdin.flush()
-        time.sleep(0.1)
-    producer.process.stdin.close()
+    with contextlib.suppress(OSError):  # when CTRL+C ends the tests
+        for number in range(TASKS):
+            producer.process.stdin.write(b"task %d\n" % number)
+            producer.process.stdin.flush()
+            time.sleep(0.1)
+        producer.process.stdin.close()
 
 
 def stood_still(scripts, killed_at):
@@ -28,6 +30,7 @@ def stood_still(scripts, killed_at):
         since = len([moment for moment in script.moments(word) if moment < killed_at])
         script.wait_for(word, times=since + 20)
         pauses.append(longest_pause([killed_at, *script.moments(word)[since:]]))
+    print(f"a node was killed: no task was sent, or none done, for {max(pauses):.1f} s")
     return max(pauses)
 
 
