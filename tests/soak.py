@@ -34,7 +34,7 @@ from servers import (
 
 HEARTBEAT = 2  # seconds
 STALL = 3 * HEARTBEAT  # seconds, longer than the two after which a connection counts as lost
-STOOD_STILL = 10  # seconds without a task, that a cluster is allowed
+STOOD_STILL = 5  # seconds without a task, that a cluster is allowed
 RETRIES = 2
 RETRY_DELAY = 2  # seconds
 QUIET = 2 * RETRY_DELAY + 1  # seconds after which nothing more comes from QUEUE.retry, ...
