@@ -9,7 +9,7 @@ if ! [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || ! python3 -c 'import ensure
     echo "Installing RabbitMQ's server and Python's venv with apt-get ..."
     $as_root apt-get update
     $as_root env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y --no-install-recommends rabbitmq-server python3-venv
+        apt-get install -y --no-install-recommends --no-upgrade rabbitmq-server python3-venv
 fi
 echo "Installing the tests' Python packages into .venv ..."
 [ -x .venv/bin/python ] || python3 -m venv .venv
