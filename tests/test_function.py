@@ -266,13 +266,14 @@ def test_starting_and_importing_take_nothing_of_the_time_limit(worker, publish, 
 
 
 def test_a_process_that_was_killed_between_two_tasks_is_replaced(worker, publish):
-    publish(b"print('one')")
+    publish(b"print('pids', os.getpid(), subprocess.Popen(['sleep', '60']).pid)")
     calling = worker(*DO)
     calling.wait_for("Done")
     first = kill_child_of(calling)
     publish(b"print('two')")
     calling.wait_for("Done", times=2)
     assert child_of(calling) != first
+    assert_ended(pids_of(calling))  # with what it had started
     assert calling.err == []
     assert not any("Failed" in line for line in calling.out)
 
