@@ -105,7 +105,7 @@ CUES = [
         lambda stage, command: stage.later.append(command),
     ),
     (
-        "The worker reconnects, trying every 3 seconds, and does the task again",
+        "the worker reconnects, trying every 3 seconds, and does the task again.",
         lambda stage, _: (
             stage.wait("Received 'A task", 1),
             stage.administer(stage.later.pop()),
