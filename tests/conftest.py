@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,12 @@ for number, handler in (
 
 # Files that begin first, so that no process is left alone with one of them.
 LONGEST = ["failed_tasks", "readme", "confirms", "cluster", "lost_connection", "soak", "signals"]
+
+
+def copy_checkout(folder):
+    """Copy this checkout as it would be cloned; return the path of the copy."""
+    not_cloned = shutil.ignore_patterns(".git", ".venv", ".env", ".*_cache", "__pycache__")
+    return shutil.copytree(ROOT, folder, ignore=not_cloned)
 
 
 def pytest_collection_modifyitems(items):

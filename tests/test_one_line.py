@@ -2,17 +2,15 @@
 
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_checkout
 
 README = (ROOT / "README.md").read_text()
 DEMO, TESTS = re.findall(r"^```sh\n(tests/setup\.sh .+)\n```$", README, re.MULTILINE)
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
 
 
 @pytest.fixture
@@ -20,7 +18,7 @@ def checkout():
     """A copy of this checkout that any user can reach, unlike pytest's own folders."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        yield shutil.copytree(ROOT, Path(folder) / "checkout", ignore=NOT_COPIED)
+        yield copy_checkout(Path(folder) / "checkout")
 
 
 def test_the_first_line_shows_what_readme_shows_to_any_user(checkout):

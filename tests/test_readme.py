@@ -23,13 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pexpect
 import pytest
-from conftest import ROOT
+from conftest import EXEC, ROOT, copy_checkout
 from servers import PATIENCE, start_cluster, wait_until
 
 README = (ROOT / "README.md").read_text()
 PRODUCTION = (ROOT / ".docs" / "production.md").read_text()
 REFERENCE = (ROOT / ".docs" / "reference.md").read_text()
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
 PROMPT, MORE = "<ready>", "<more>"
 BLOCK = re.compile(r"^```(\w+)\n((?:.*\n)*?)```$", re.MULTILINE)
 LABEL = re.compile(
@@ -40,10 +39,7 @@ COMMAND = re.compile(
     r"`((?:docker|sudo|uv|python3|pip|\.venv/\S+|tests/\S+\.sh|rabbitmqctl)(?: [^`]*)?)`"
 )
 KEYS = re.compile(r"[Pp]ress CTRL\+C\b")
-# What differs from run to run: where work was cut short, how often a connection was refused, and
-# what uv says of its own work.
-CUT_SHORT = re.compile(r"^\.*\n(?= \[!\] )", re.MULTILINE)
-REFUSED = re.compile(r"^( \[!\] ConnectionRefused.*\n)( \[!\] .*; reconnecting in 3 s\n)+", re.M)
+# What uv says of its own work differs from run to run.
 UV = re.compile(r"^Installed \d+ packages? in .*\n", re.MULTILINE)
 
 # Commands that are not done here, and why.
@@ -247,8 +243,7 @@ class Shell:
 
 
 def normalised(text):
-    text = UV.sub("", CUT_SHORT.sub("...\n", text))
-    return "\n".join(line.rstrip() for line in REFUSED.sub(r"\1", text).splitlines())
+    return "\n".join(line.rstrip() for line in UV.sub("", text).splitlines())
 
 
 class Stage:
@@ -408,12 +403,11 @@ class Stage:
             return "killed"
         if found := re.match("(sudo|docker compose exec rabbitmq) rabbitmqctl (.+)", command):
             name, *arguments = shlex.split(found[2])
-            vhost = (
-                ["-p", "q"] if name.endswith(("policy", "permissions", "queues", "queue")) else []
-            )
             if name == "add_user":
                 arguments.append("PASSWORD")  # which it would ask for
-            return self.nodes[0].rabbitctl_output(name, *vhost, *arguments) or "done"
+            else:
+                arguments = ["-p", "q", *arguments]
+            return self.nodes[0].rabbitctl_output(name, *arguments) or "done"
         assert not command.startswith(("docker", "sudo")), f"can't be done here: {command}"
         return None
 
@@ -444,7 +438,7 @@ def uv(tmp_path_factory):
 
 
 def test_readme_does_what_it_says(broker, vhosts, new_broker, terminal, tmp_path, uv):
-    folder = shutil.copytree(ROOT, tmp_path / "checkout", ignore=NOT_COPIED)
+    folder = copy_checkout(tmp_path / "checkout")
     with broker.channel(vhosts["quorum"]) as channel:
         channel.queue_delete("task_queue")
     shells = [Shell(terminal, folder, vhosts["quorum"], uv) for _ in range(3)]
@@ -490,16 +484,19 @@ def test_what_production_says_can_be_done(broker, run, send, vhosts, tmp_path):
 
     policies, not_here = [], ["useradd", "systemctl", "systemctl"]  # they would change this machine
     try:
-        for text, block in [*blocks(README), *blocks(PRODUCTION)]:
-            label = LABEL.search(text)
-            assert label or text == README[: len(text)], f"in which terminal?\n{block[2]}"
-            if label and label[2] in ("thumbs.py", "thumbs@.service", "thumbs.env"):
+        (module,) = (
+            block for label, _, block in blocks(README) if label and label[2] == "thumbs.py"
+        )
+        (tmp_path / "thumbs.py").write_text(module)
+        for label, language, block in blocks(PRODUCTION):
+            assert label, f"in which terminal?\n{block}"
+            if label[2]:
                 url = broker.url_of("thumbs:PASSWORD", "q")
-                told = block[2].replace("amqp://thumbs:PASSWORD@localhost", url)
+                told = block.replace("amqp://thumbs:PASSWORD@localhost", url)
                 (tmp_path / label[2]).write_text(moved(told))
-            if text == README[: len(text)] or block[1] != "sh":
                 continue
-            for command in block[2].splitlines():
+            assert language == "sh"
+            for command in block.splitlines():
                 assert command.startswith(("sudo ", "rm ")), command
                 if "set_policy" in command:
                     policies.append(command)
@@ -528,8 +525,8 @@ def test_what_production_says_can_be_done(broker, run, send, vhosts, tmp_path):
         program, *arguments = settings["ExecStart"].split()
         assert program == f"{settings['WorkingDirectory']}/.venv/bin/python"
         url = environment.read_text().strip().removeprefix("AMQP_URL=")
-        replaced = [EXECUTE, program, *arguments, "--retries", "1", "--retry-delay", "1"]
-        worker = run(url, "-c", *replaced, cwd=settings["WorkingDirectory"])
+        options = ["--retries", "1", "--retry-delay", "1"]
+        worker = run(url, *EXEC, program, *arguments, *options, cwd=settings["WorkingDirectory"])
         worker.wait_for("Waiting")
         send(vhosts["quorum"], "thumbs", '{"file": "zoe.jpg", "width": 200}')
         worker.wait_for("zoe.jpg: a thumbnail of 200 pixels")
@@ -563,13 +560,10 @@ def assert_that_a_policy_keeps_what_comes_back_too_often(broker, policies):
         broker.rabbitctl_output("clear_policy", "-p", "q", "thumbs")
 
 
-def blocks(text):
-    """Yield the blocks of a page, each with what stands above it."""
-    for block in BLOCK.finditer(text):
-        yield text[: block.start()].rstrip(), block
-
-
-EXECUTE = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+def blocks(page):
+    """Yield the label, the language and the text of each block of a page."""
+    for block in BLOCK.finditer(page):
+        yield LABEL.search(page[: block.start()].rstrip()), *block.groups()
 
 
 def test_the_pages_are_short_and_plain_text():
