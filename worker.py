@@ -340,7 +340,7 @@ class Worker:
     def run(self):
         """Consume, and reconnect when necessary; exit if the broker refuses access at the start."""
         for number in (signal.SIGTERM, *INTERRUPTS):
-            # Ignored, if nohup or a shell in the background has set that.
+            # What nohup, or a shell for a background job, has set to be ignored stays so.
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.on_signal)
         if self.options.function and (problem := self.start_function()):
